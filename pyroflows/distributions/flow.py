@@ -1,0 +1,212 @@
+"""A flow: a module that holds a base and a transform, and whose call is a Pyro distribution."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.distributions import biject_to, constraints
+
+from pyroflows.distributions.base import Base
+from pyroflows.distributions.support import Support, as_constraint, describe
+from pyroflows.errors import ContextError, OptionError, ShapeError
+from pyroflows.numerics import sum_last
+from pyroflows.transforms import Compose, FlowTransform, Wrapped
+
+__all__ = ["Flow", "FlowDistribution", "Standardize"]
+
+
+class FlowDistribution(dist.TransformedDistribution):
+    """What ``flow()`` returns: a Pyro distribution that samples and scores.
+
+    It is a ``pyro.distributions.TransformedDistribution``, so it has ``support``, ``expand``, ``mask``,
+    ``to_event``, works in plates, as a prior or likelihood, and under NUTS. ``log_prob`` of one of its own
+    samples costs no inverse. A NaN is outside of the support, so with Pyro's validation on (the default)
+    ``log_prob`` raises ``ValueError`` for it; with ``validate_args=False`` only the NaN row is NaN.
+    """
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """The log-density ``[*sample, *batch]`` in nats of ``value`` ``[*sample, *batch, *event]``."""
+        if self._validate_args:
+            self._validate_sample(value)
+        return self._score(*self._transform.invert(value))
+
+    def rsample_with_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+        """Differentiable samples and their log-densities, in one pass and without a memo.
+
+        Args:
+            sample_shape: how many samples, in which shape.
+
+        Returns:
+            Samples ``[*sample_shape, *batch, *event]`` and log-densities ``[*sample_shape, *batch]``.
+        """
+        x = self.base_dist.rsample(torch.Size(sample_shape))
+        value, log_det = self._transform.forward_and_log_det(x)
+        return value, self._score(x, -log_det)
+
+    @property
+    def _transform(self) -> FlowTransform:
+        return self.transforms[0] if len(self.transforms) == 1 else Compose(self.transforms)
+
+    def _score(self, x: Tensor, log_det: Tensor) -> Tensor:
+        event_dim = len(self.event_shape)
+        log_prob = sum_last(self.base_dist.log_prob(x), event_dim - len(self.base_dist.event_shape))
+        return log_prob + sum_last(log_det, event_dim - self._transform.domain.event_dim)
+
+
+class Standardize(FlowTransform):
+    r"""A fixed shift and scale of each entry: :math:`y = \mathrm{loc} + \mathrm{scale} \cdot x`.
+
+    Args:
+        shape: the shape of one point.
+
+    Example:
+        >>> layer = Standardize((2,))
+        >>> layer.set(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]))
+        >>> layer(torch.ones(2))
+        tensor([4., 6.])
+    """
+
+    loc: Tensor
+    scale: Tensor
+
+    def __init__(self, shape: Sequence[int]) -> None:
+        super().__init__()
+        self.domain = self.codomain = constraints.independent(constraints.real, len(shape))
+        self.register_buffer("loc", torch.zeros(tuple(shape)))
+        self.register_buffer("scale", torch.ones(tuple(shape)))
+
+    def set(self, loc: Tensor, scale: Tensor) -> None:
+        """Sets shift and scale, each of the shape of one point."""
+        with torch.no_grad():
+            self.loc.copy_(loc)
+            self.scale.copy_(scale)
+
+    def _log_det(self, value: Tensor) -> Tensor:
+        return sum_last(torch.log(self.scale), self.loc.dim()).expand(value.shape[: -self.loc.dim()])
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``loc + scale x``."""
+        y = self.loc + self.scale * x
+        return y, self._log_det(y)
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``(y - loc) / scale``."""
+        x = (y - self.loc) / self.scale
+        return x, -self._log_det(x)
+
+
+class Flow(nn.Module):
+    """A density on vectors (or images): ``flow()`` or ``flow(context)`` is a Pyro distribution.
+
+    The full transform, ``flow.transform``, is the learned one, then a standardiser that ``pyroflows.fit`` sets,
+    then a map to the support. So ``log_prob`` is always in the data's units.
+
+    Args:
+        transform: the learned transform, base to data.
+        base: the base distribution as a module.
+        support: where the data live, if not on all of the real vectors: a constraint of
+            ``torch.distributions.constraints``, or one for each column.
+
+    Raises:
+        OptionError: the base and the transform disagree about what a point is.
+
+    Example:
+        >>> import pyroflows as pf
+        >>> flow = pf.flow("nsf", input_dim=2, context_dim=3)
+        >>> flow(torch.zeros(5, 3)).sample((10,)).shape
+        torch.Size([10, 5, 2])
+    """
+
+    context_loc: Tensor
+    context_scale: Tensor
+
+    def __init__(
+        self, transform: FlowTransform, base: Base | nn.Module, *, support: Support | None = None
+    ) -> None:
+        super().__init__()
+        self.base = base
+        self.config: Any = None
+        self.context_dim = transform.context_dim
+        base_shape = base().event_shape
+        if len(base_shape) != transform.domain.event_dim:
+            raise OptionError(
+                f"the base has points of shape {tuple(base_shape)} and the transform maps points of "
+                f"{transform.domain.event_dim} dimensions; did you mean base.to_event(1)?"
+            )
+        self.event_shape = transform.forward_shape(base_shape)
+        self.learned = transform
+        self.standardize = Standardize(self.event_shape)
+        if self.context_dim:
+            self.register_buffer("context_loc", torch.zeros(self.context_dim))
+            self.register_buffer("context_scale", torch.ones(self.context_dim))
+        self.constrain(support)
+
+    @property
+    def input_dim(self) -> int:
+        """The number of coordinates of a point."""
+        return self.event_shape.numel()
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Where the data live."""
+        return self._support
+
+    @property
+    def support_description(self) -> Any:
+        """The support in terms that JSON can hold; ``None`` if the data are unconstrained."""
+        return describe(self._declared)
+
+    def constrain(self, support: Support | None) -> None:
+        """Declares where the data live; ``None`` is all of the real vectors.
+
+        Raises:
+            OptionError: the constraint has no bijection, or one to another shape.
+        """
+        constraint = as_constraint(support)
+        parts: list[FlowTransform] = [self.learned, self.standardize]
+        if constraint is not None:
+            to_support = Wrapped(biject_to(constraint))
+            event_dim = len(self.event_shape)
+            if to_support.forward_shape(self.event_shape) != self.event_shape and event_dim != 1:
+                raise OptionError(f"the support {constraint} changes the shape of a point.")
+            parts.append(to_support)
+        self._declared = constraint
+        self.transform = Compose(parts)
+        self._support = self.transform.codomain
+
+    def forward(self, context: Tensor | None = None) -> FlowDistribution:
+        """The distribution, with the context's batch shape.
+
+        Args:
+            context: ``[*batch, context_dim]`` if the flow reads one.
+
+        Raises:
+            ContextError: a context is missing, unexpected, or of the wrong width.
+        """
+        if context is None:
+            if self.context_dim:
+                raise ContextError(
+                    f"this flow was built with context_dim={self.context_dim}: call flow(context)."
+                )
+            return FlowDistribution(self.base(), [self.transform])
+        if not self.context_dim:
+            raise ContextError("this flow was built without a context (context_dim=0): call flow().")
+        self.transform.check_context(context)
+        scaled = (context - self.context_loc) / self.context_scale
+        return FlowDistribution(self.base(), [self.transform.condition(scaled)])
+
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+        """Sets the starting values of layers that take them from data (`ActNorm`), from rows ``x``.
+
+        Raises:
+            ShapeError: the rows are not points of this flow.
+        """
+        if x.shape[-len(self.event_shape) :] != self.transform.forward_shape(self.event_shape):
+            raise ShapeError(f"expected points of shape {tuple(self.event_shape)}, got {tuple(x.shape)}.")
+        if context is not None:
+            context = (context - self.context_loc) / self.context_scale
+        self.transform.initialize(x, context)

@@ -1,0 +1,274 @@
+"""Named flows: plain functions that stack layers on a standard normal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+from pyroflows.distributions.base import standard_normal
+from pyroflows.distributions.flow import Flow
+from pyroflows.distributions.support import Support
+from pyroflows.errors import OptionError
+from pyroflows.nets import Activation
+from pyroflows.transforms import (
+    Additive,
+    Affine,
+    Autoregressive,
+    Compose,
+    Coupling,
+    Elementwise,
+    FlowTransform,
+    LULinear,
+    Spline,
+    UnivariateMap,
+    with_variants,
+)
+
+__all__ = ["iaf", "maf", "nice", "nsf", "realnvp"]
+
+
+def _stack(
+    layer: Callable[[int], FlowTransform],
+    input_dim: int,
+    transforms: int,
+    linear: bool,
+    support: Support | None,
+    last: FlowTransform | None = None,
+) -> Flow:
+    """``transforms`` layers on a standard normal, a linear layer before each if asked."""
+    if not isinstance(transforms, int) or transforms < 1:
+        raise OptionError(f"transforms must be a positive integer, got {transforms!r}.")
+    layers: list[FlowTransform] = []
+    for i in range(transforms):
+        if linear:
+            layers.append(LULinear(input_dim))
+        layers.append(layer(i))
+    if last is not None:
+        layers.append(last)
+    return Flow(Compose(layers), standard_normal(input_dim), support=support)
+
+
+def _alternating(input_dim: int, i: int) -> list[bool]:
+    """Every other coordinate steers, the others in the next layer; a lone one is always moved."""
+    return [input_dim > 1 and j % 2 == i % 2 for j in range(input_dim)]
+
+
+def _order(input_dim: int, i: int) -> Sequence[int]:
+    return range(input_dim) if i % 2 == 0 else range(input_dim)[::-1]
+
+
+def _couplings(
+    map: UnivariateMap,
+    input_dim: int,
+    context_dim: int,
+    hidden_dims: Sequence[int],
+    activation: Activation,
+    residual: bool,
+) -> Callable[[int], FlowTransform]:
+    return lambda i: Coupling(
+        map,
+        input_dim,
+        context_dim=context_dim,
+        mask=_alternating(input_dim, i),
+        hidden_dims=hidden_dims,
+        activation=activation,
+        residual=residual,
+    )
+
+
+def _autoregressions(
+    map: UnivariateMap,
+    input_dim: int,
+    context_dim: int,
+    hidden_dims: Sequence[int],
+    activation: Activation,
+    residual: bool,
+) -> Callable[[int], Autoregressive]:
+    return lambda i: Autoregressive(
+        map,
+        input_dim,
+        context_dim=context_dim,
+        order=_order(input_dim, i),
+        hidden_dims=hidden_dims,
+        activation=activation,
+        residual=residual,
+    )
+
+
+def maf(
+    input_dim: int,
+    *,
+    context_dim: int = 0,
+    transforms: int = 5,
+    hidden_dims: Sequence[int] = (128, 128),
+    activation: Activation = "relu",
+    residual: bool = False,
+    linear: bool = False,
+    support: Support | None = None,
+) -> Flow:
+    """Masked autoregressive flow: scores in one pass, samples in ``input_dim`` passes (arXiv:1705.07057).
+
+    Args:
+        input_dim: the number of coordinates.
+        context_dim: the width of the context.
+        transforms: the number of layers; the order of the coordinates turns round from one to the next.
+        hidden_dims: the hidden widths of each layer's network.
+        activation: its activation.
+        residual: whether its hidden layers have skip connections.
+        linear: put an `LULinear` layer before each.
+        support: where the data live, if not on all real vectors.
+
+    Example:
+        >>> maf(3)().sample((4,)).shape
+        torch.Size([4, 3])
+    """
+    layer = _autoregressions(Affine(), input_dim, context_dim, hidden_dims, activation, residual)
+    return _stack(lambda i: layer(i).inv, input_dim, transforms, linear, support)
+
+
+def iaf(
+    input_dim: int,
+    *,
+    context_dim: int = 0,
+    transforms: int = 5,
+    hidden_dims: Sequence[int] = (128, 128),
+    activation: Activation = "relu",
+    residual: bool = False,
+    linear: bool = False,
+    support: Support | None = None,
+) -> Flow:
+    """Inverse autoregressive flow: samples in one pass, scores others' points in ``input_dim`` passes
+    (arXiv:1606.04934). Made for guides.
+
+    Args:
+        input_dim: the number of coordinates.
+        context_dim: the width of the context.
+        transforms: the number of layers; the order of the coordinates turns round from one to the next.
+        hidden_dims: the hidden widths of each layer's network.
+        activation: its activation.
+        residual: whether its hidden layers have skip connections.
+        linear: put an `LULinear` layer before each.
+        support: where the data live, if not on all real vectors.
+
+    Example:
+        >>> iaf(3)().rsample((4,)).shape
+        torch.Size([4, 3])
+    """
+    layer = _autoregressions(Affine(), input_dim, context_dim, hidden_dims, activation, residual)
+    return _stack(layer, input_dim, transforms, linear, support)
+
+
+@with_variants({"structure": "autoregressive"}, {"structure": "autoregressive", "direction": "sample"})
+def nsf(
+    input_dim: int,
+    *,
+    context_dim: int = 0,
+    transforms: int = 5,
+    hidden_dims: Sequence[int] = (128, 128),
+    bins: int = 8,
+    bound: float = 5.0,
+    structure: Literal["coupling", "autoregressive"] = "coupling",
+    direction: Literal["score", "sample"] = "score",
+    activation: Activation = "relu",
+    residual: bool = False,
+    linear: bool = False,
+    support: Support | None = None,
+) -> Flow:
+    """Neural spline flow of rational-quadratic splines (arXiv:1906.04032).
+
+    Args:
+        input_dim: the number of coordinates.
+        context_dim: the width of the context.
+        transforms: the number of layers.
+        hidden_dims: the hidden widths of each layer's network.
+        bins: the number of bins of a spline.
+        bound: half the side of the box outside of which the splines are the identity.
+        structure: ``"coupling"``: both directions take one pass; ``"autoregressive"``: one of them takes
+            ``input_dim`` passes.
+        direction: which direction of an autoregressive flow is the fast one.
+        activation: the activation of the networks.
+        residual: whether their hidden layers have skip connections.
+        linear: put an `LULinear` layer before each.
+        support: where the data live, if not on all real vectors.
+
+    Raises:
+        OptionError: an option has a value that it cannot take.
+
+    Example:
+        >>> nsf(2, structure="autoregressive")().log_prob(torch.zeros(5, 2)).shape
+        torch.Size([5])
+    """
+    if structure not in ("coupling", "autoregressive") or direction not in ("score", "sample"):
+        raise OptionError(
+            'structure must be "coupling" or "autoregressive" and direction "score" or "sample", '
+            f"got {structure!r} and {direction!r}."
+        )
+    arguments = (Spline(bins, bound), input_dim, context_dim, hidden_dims, activation, residual)
+    if structure == "coupling":
+        return _stack(_couplings(*arguments), input_dim, transforms, linear, support)
+    layer = _autoregressions(*arguments)
+    fast = (lambda i: layer(i).inv) if direction == "score" else layer
+    return _stack(fast, input_dim, transforms, linear, support)
+
+
+def realnvp(
+    input_dim: int,
+    *,
+    context_dim: int = 0,
+    transforms: int = 5,
+    hidden_dims: Sequence[int] = (128, 128),
+    activation: Activation = "relu",
+    residual: bool = False,
+    linear: bool = False,
+    support: Support | None = None,
+) -> Flow:
+    """Affine coupling flow: both directions take one pass (arXiv:1605.08803).
+
+    Args:
+        input_dim: the number of coordinates.
+        context_dim: the width of the context.
+        transforms: the number of layers.
+        hidden_dims: the hidden widths of each layer's network.
+        activation: its activation.
+        residual: whether its hidden layers have skip connections.
+        linear: put an `LULinear` layer before each.
+        support: where the data live, if not on all real vectors.
+
+    Example:
+        >>> realnvp(3)().log_prob(torch.zeros(5, 3)).shape
+        torch.Size([5])
+    """
+    layer = _couplings(Affine(), input_dim, context_dim, hidden_dims, activation, residual)
+    return _stack(layer, input_dim, transforms, linear, support)
+
+
+def nice(
+    input_dim: int,
+    *,
+    context_dim: int = 0,
+    transforms: int = 5,
+    hidden_dims: Sequence[int] = (128, 128),
+    activation: Activation = "relu",
+    residual: bool = False,
+    linear: bool = False,
+    support: Support | None = None,
+) -> Flow:
+    """Additive coupling flow with one scale of each coordinate at its end (arXiv:1410.8516).
+
+    Args:
+        input_dim: the number of coordinates.
+        context_dim: the width of the context.
+        transforms: the number of additive layers.
+        hidden_dims: the hidden widths of each layer's network.
+        activation: its activation.
+        residual: whether its hidden layers have skip connections.
+        linear: put an `LULinear` layer before each.
+        support: where the data live, if not on all real vectors.
+
+    Example:
+        >>> nice(3)().log_prob(torch.zeros(5, 3)).shape
+        torch.Size([5])
+    """
+    layer = _couplings(Additive(), input_dim, context_dim, hidden_dims, activation, residual)
+    scale = Elementwise(Affine(), input_dim, context_dim=context_dim, hidden_dims=hidden_dims)
+    return _stack(layer, input_dim, transforms, linear, support, last=scale)

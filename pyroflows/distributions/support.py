@@ -1,0 +1,107 @@
+"""Where data live: constraints of torch, how a user names them, and how a file does."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.distributions import constraints
+
+from pyroflows.errors import ArchiveCorrupt, NotRebuildable, OptionError
+
+__all__ = ["Support", "as_constraint", "describe", "restore"]
+
+Support = constraints.Constraint | str | Sequence[constraints.Constraint | str]
+"""A constraint, its name in ``torch.distributions.constraints``, or one of either for each column."""
+
+_NAMED = {
+    name: getattr(constraints, name)
+    for name in ("real", "real_vector", "positive", "nonnegative", "unit_interval", "simplex")
+}
+_BOUNDED: dict[str, tuple[type[constraints.Constraint], tuple[str, ...]]] = {
+    "greater_than": (constraints.greater_than, ("lower_bound",)),
+    "greater_than_eq": (constraints.greater_than_eq, ("lower_bound",)),
+    "less_than": (constraints.less_than, ("upper_bound",)),
+    "interval": (constraints.interval, ("lower_bound", "upper_bound")),
+    "half_open_interval": (constraints.half_open_interval, ("lower_bound", "upper_bound")),
+}
+
+
+def as_constraint(support: Support | None) -> constraints.Constraint | None:
+    """The constraint that a user named; ``None`` for all real vectors.
+
+    Raises:
+        OptionError: a name is unknown, or takes bounds.
+
+    Example:
+        >>> as_constraint(["positive", constraints.interval(0.0, 2.0)]).check(torch.tensor([3.0, 1.0]))
+        tensor(True)
+    """
+    if support is None or isinstance(support, constraints.Constraint):
+        plain = support is None or support is constraints.real or support is constraints.real_vector
+        return None if plain else support
+    if isinstance(support, str):
+        if support not in _NAMED:
+            hint = f"; write constraints.{support}(...) for it" if support in _BOUNDED else ""
+            raise OptionError(f"no support named {support!r}{hint}. Known names: {', '.join(_NAMED)}.")
+        return as_constraint(_NAMED[support])
+    return constraints.stack([as_constraint(column) or constraints.real for column in support], dim=-1)
+
+
+def _bound(value: Any) -> float | list[Any]:
+    return value.tolist() if isinstance(value, torch.Tensor) else float(value)
+
+
+def describe(constraint: constraints.Constraint | None) -> Any:
+    """A constraint in terms that JSON can hold.
+
+    Raises:
+        NotRebuildable: the constraint is not one of those that a file may name.
+
+    Example:
+        >>> describe(constraints.interval(0.0, 2.0))
+        {'interval': {'lower_bound': 0.0, 'upper_bound': 2.0}}
+    """
+    if constraint is None:
+        return None
+    for name, known in _NAMED.items():
+        if constraint is known:
+            return name
+    if isinstance(constraint, constraints.stack):
+        return [describe(column) for column in constraint.cseq]
+    if isinstance(constraint, constraints.independent):
+        return describe(constraint.base_constraint)
+    for name, (kind, bounds) in _BOUNDED.items():
+        if type(constraint) is kind:
+            return {name: {bound: _bound(getattr(constraint, bound)) for bound in bounds}}
+    raise NotRebuildable(
+        f"a file cannot name the support {constraint!r}. It can name {', '.join([*_NAMED, *_BOUNDED])}."
+    )
+
+
+def restore(description: Any) -> Support | None:
+    """The constraint that `describe` put down.
+
+    Raises:
+        ArchiveCorrupt: the description is not one of ours.
+
+    Example:
+        >>> restore({"interval": {"lower_bound": 0.0, "upper_bound": 2.0}})
+        Interval(lower_bound=0.0, upper_bound=2.0)
+    """
+    if description is None:
+        return None
+    if isinstance(description, str) and description in _NAMED:
+        return _NAMED[description]  # type: ignore[no-any-return]
+    if isinstance(description, list):
+        return [restore(column) or constraints.real for column in description]  # type: ignore[misc]
+    if isinstance(description, Mapping) and len(description) == 1:
+        [(name, bounds)] = description.items()
+        if name in _BOUNDED and isinstance(bounds, Mapping) and set(bounds) == set(_BOUNDED[name][1]):
+            values = {
+                key: torch.tensor(value) if isinstance(value, list) else float(value)
+                for key, value in bounds.items()
+            }
+            return _BOUNDED[name][0](**values)
+    raise ArchiveCorrupt(f"the archive names an unknown support: {description!r}.")

@@ -1,0 +1,158 @@
+"""A multilayer perceptron that may read a context, skip, and have some of its weights masked."""
+
+from __future__ import annotations
+
+import difflib
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import linear
+
+from pyroflows.errors import OptionError, ShapeError
+
+__all__ = ["MLP", "Activation", "activation_module"]
+
+Activation = str | Callable[[], nn.Module] | nn.Module
+"""A name (``"relu"``, ``"silu"``, ``"tanh"``, ...), a module class such as ``nn.SiLU``, or a module."""
+
+_ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
+    "relu": nn.ReLU,
+    "elu": nn.ELU,
+    "gelu": nn.GELU,
+    "leaky_relu": nn.LeakyReLU,
+    "sigmoid": nn.Sigmoid,
+    "silu": nn.SiLU,
+    "softplus": nn.Softplus,
+    "tanh": nn.Tanh,
+}
+
+
+def activation_module(activation: Activation) -> nn.Module:
+    """The module of an activation given by name, class or instance.
+
+    Raises:
+        OptionError: the name is unknown, or calling the class gave no module.
+
+    Example:
+        >>> activation_module("silu")
+        SiLU()
+    """
+    if isinstance(activation, nn.Module):
+        return activation
+    if isinstance(activation, str):
+        if activation not in _ACTIVATIONS:
+            near = difflib.get_close_matches(activation, _ACTIVATIONS, n=1)
+            hint = f" Did you mean {near[0]!r}?" if near else ""
+            raise OptionError(f"no activation {activation!r}.{hint} Known names: {', '.join(_ACTIVATIONS)}.")
+        return _ACTIVATIONS[activation]()
+    module = activation()
+    if not isinstance(module, nn.Module):
+        raise OptionError(f"expected an activation that makes an nn.Module, got {type(module).__name__}.")
+    return module
+
+
+class _Linear(nn.Module):
+    """An affine map of the input, of the context, or of both; masked where a mask is given."""
+
+    mask: Tensor | None
+
+    def __init__(self, inputs: int, outputs: int, context_dim: int = 0, mask: Tensor | None = None) -> None:
+        super().__init__()
+        fan_in = max(1, inputs + context_dim)
+        self.weight = nn.Parameter(torch.empty(outputs, inputs)) if inputs else None
+        self.context_weight = nn.Parameter(torch.empty(outputs, context_dim)) if context_dim else None
+        self.bias = nn.Parameter(torch.empty(outputs))
+        for parameter in self.parameters():
+            nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
+        self.register_buffer("mask", mask if inputs else None)
+
+    def forward(self, x: Tensor | None, context: Tensor | None = None) -> Tensor:
+        out = self.bias
+        if self.weight is not None and x is not None:
+            weight = self.weight if self.mask is None else torch.where(self.mask, self.weight, 0)
+            out = linear(x, weight, self.bias)
+        elif x is not None:
+            out = self.bias.expand(*x.shape[:-1], -1)
+        if self.context_weight is not None and context is not None:
+            out = out + linear(context, self.context_weight)
+        return out
+
+
+class MLP(nn.Module):
+    r"""A multilayer perceptron :math:`(x, c) \mapsto W_n \phi(\ldots \phi(W_1 x + C c + b_1)) + b_n`.
+
+    The last layer starts at a hundredth of its usual size with no bias, so that a layer that is the identity
+    for parameters of zero starts close to it.
+
+    Args:
+        in_features: the width of ``x``; 0 reads the context alone.
+        out_features: the width of the output.
+        hidden_dims: the widths of the hidden layers; empty is an affine map.
+        context_dim: the width of the context, 0 for none.
+        activation: a name, a module class or a module.
+        residual: add each hidden layer's input to its output; all hidden widths must then be equal.
+        masks: which weights exist, one boolean ``[out, in]`` tensor a layer; default all.
+
+    Raises:
+        OptionError: a width is not positive, or ``residual`` with unequal hidden widths.
+
+    Example:
+        >>> MLP(2, 6, hidden_dims=(8,), context_dim=3)(torch.zeros(5, 2), torch.zeros(5, 3)).shape
+        torch.Size([5, 6])
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        *,
+        hidden_dims: Sequence[int] = (128, 128),
+        context_dim: int = 0,
+        activation: Activation = "relu",
+        residual: bool = False,
+        masks: Sequence[Tensor] | None = None,
+    ) -> None:
+        super().__init__()
+        hidden_dims = tuple(hidden_dims)
+        if any(not isinstance(width, int) or width < 1 for width in hidden_dims):
+            raise OptionError(f"hidden_dims must be positive integers, got {hidden_dims}.")
+        if residual and len(set(hidden_dims)) > 1:
+            raise OptionError(f"residual=True needs equal hidden_dims, got {hidden_dims}.")
+        self.in_features, self.out_features, self.context_dim = in_features, out_features, context_dim
+        self.residual = residual
+        self.activation = activation_module(activation)
+        widths = (in_features, *hidden_dims, out_features)
+        self.layers = nn.ModuleList(
+            _Linear(
+                widths[i],
+                widths[i + 1],
+                context_dim if i == 0 else 0,
+                None if masks is None else masks[i],
+            )
+            for i in range(len(widths) - 1)
+        )
+        with torch.no_grad():
+            last = self.layers[-1]
+            for weight in (last.weight, last.context_weight):
+                if weight is not None:
+                    weight.mul_(0.01)
+            last.bias.zero_()
+
+    def forward(self, x: Tensor | None, context: Tensor | None = None) -> Tensor:
+        """The output ``[*batch, out_features]`` for ``x`` ``[*batch, in_features]`` and a broadcastable context.
+
+        Raises:
+            ShapeError: ``x`` or the context has another width than was declared, or is missing.
+        """
+        for name, tensor, width in (("x", x, self.in_features), ("context", context, self.context_dim)):
+            if (0 if tensor is None else tensor.shape[-1]) != width:
+                got = "none" if tensor is None else f"shape {tuple(tensor.shape)}"
+                raise ShapeError(f"expected {name} of width {width}, got {got}.")
+        hidden = self.layers[0](x, context)
+        for number, layer in enumerate(self.layers[1:]):
+            active = self.activation(hidden)
+            last = number == len(self.layers) - 2
+            hidden = hidden + layer(active) if self.residual and not last else layer(active)
+        return hidden

@@ -1,0 +1,131 @@
+"""Roots of increasing scalar functions, many at a time, differentiable to second order.
+
+The search brackets, then bisects and takes Newton steps inside the bracket. Derivatives come from the implicit
+function theorem in its shortest form: two Newton steps from the root change no digit of it but carry its first
+and second derivatives, for every tensor that the function depends on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pyroflows.errors import InverseNotConverged
+
+__all__ = ["Root", "monotone_root"]
+
+Increasing = Callable[[Tensor], tuple[Tensor, Tensor]]
+"""``x -> (f(x), log f'(x))``, elementwise."""
+
+
+class Root(NamedTuple):
+    """What a search found.
+
+    Attributes:
+        x: the roots, differentiable to second order.
+        log_slope: ``log f'(x)``, differentiable to first order at least.
+        residual: ``|f(x) - y|`` at the roots, without gradient.
+        steps: how many times the function was evaluated.
+    """
+
+    x: Tensor
+    log_slope: Tensor
+    residual: Tensor
+    steps: int
+
+
+def monotone_root(
+    f: Increasing, y: Tensor, *, start: Tensor | None = None, max_steps: int = 200, tol: float | None = None
+) -> Root:
+    r"""Solves :math:`f(x) = y` for an increasing :math:`f`, entry by entry, wherever on the real line x lies.
+
+    Args:
+        f: ``x -> (f(x), log f'(x))``, elementwise and increasing. May depend on tensors that need gradients.
+        y: the values to reach, any shape. A NaN or infinite entry is returned as it is.
+        start: where to begin, broadcastable to ``y``; default ``y`` itself.
+        max_steps: how many evaluations before giving up.
+        tol: accepted ``|f(x) - y| / (1 + |y|)``; default 4 machine epsilons. An entry whose bracket has shrunk
+            to neighbouring floating-point numbers is converged as well: no better root exists.
+
+    Returns:
+        A `Root`.
+
+    Raises:
+        InverseNotConverged: some entry did not converge, because ``f`` does not reach ``y``, is not
+            increasing, or is not finite; the message names how many and the largest residual.
+
+    Example:
+        >>> root = monotone_root(lambda x: (x + torch.tanh(x), torch.log1p(1 - torch.tanh(x) ** 2)),
+        ...                      torch.tensor([0.0, 3.0, -1e6]))
+        >>> root.x
+        tensor([ 0.0000e+00,  2.0340e+00, -1.0000e+06])
+    """
+    with torch.no_grad():
+        x, residual, steps, failed = _search(f, y.detach(), start, max_steps, tol)
+        if failed.any():
+            worst = float(residual[failed].nan_to_num(torch.inf).max())
+            count = int(failed.sum())
+            raise InverseNotConverged(
+                f"{count} of {failed.numel()} roots were not found in {steps} steps (largest residual "
+                f"{worst:.3g}). Expected a continuous increasing function that reaches every given value; "
+                "check that the values lie in the codomain and that no parameter is NaN.",
+                residual=worst,
+                count=count,
+                steps=steps,
+            )
+    for _ in range(2):
+        value, log_slope = f(x)
+        step = (y - value) * torch.exp(-log_slope)
+        moved = step - step.detach()
+        x = x + torch.where(torch.isfinite(moved), moved, torch.zeros_like(moved))
+    return Root(x, f(x)[1], residual, steps)
+
+
+def _search(
+    f: Increasing, y: Tensor, start: Tensor | None, max_steps: int, tol: float | None
+) -> tuple[Tensor, Tensor, int, Tensor]:
+    eps = torch.finfo(y.dtype).eps
+    accepted = (4 * eps if tol is None else tol) * (1 + y.abs())
+    given = torch.isfinite(y)
+    target = torch.where(given, y, torch.zeros_like(y))
+    x = target if start is None else start.expand_as(y).to(y.dtype)
+    low = torch.full_like(y, -torch.inf)
+    high = torch.full_like(y, torch.inf)
+    reach = 1 + 0.1 * x.abs()
+    best, best_gap = x, torch.full_like(y, torch.inf)
+    last_width = torch.full_like(y, torch.inf)
+    done = ~given
+    steps = 0
+    for steps in range(1, max_steps + 1):
+        value, log_slope = f(x)
+        gap = target - value
+        better = gap.abs() < best_gap
+        best, best_gap = torch.where(better, x, best), torch.where(better, gap.abs(), best_gap)
+        low = torch.where(gap >= 0, torch.maximum(low, x), low)
+        high = torch.where(gap <= 0, torch.minimum(high, x), high)
+        width = high - low
+        tight = width <= 2 * eps * torch.maximum(low.abs(), high.abs())
+        done = done | (best_gap <= accepted) | tight
+        if bool(done.all()):
+            break
+        # Newton inside the bracket; where that is slow, the middle; where a side is open, twice as far.
+        newton = x + gap * torch.exp(-log_slope)
+        slow = width > 0.5 * last_width
+        last_width = width
+        middle = low + 0.5 * width
+        # A bracket that spans orders of magnitude is halved in the exponent.
+        wide = (low * high > 0) & (
+            torch.maximum(low.abs(), high.abs()) > 4 * torch.minimum(low.abs(), high.abs())
+        )
+        middle = torch.where(wide, torch.sign(low) * torch.sqrt(low.abs()) * torch.sqrt(high.abs()), middle)
+        closed = torch.isfinite(width)
+        good = (newton > low) & (newton < high) & ~(slow & closed)
+        outward = x + torch.sign(gap) * reach
+        far = ~closed & ((newton - x).abs() > reach)
+        reach = torch.where(closed, reach, 2 * reach)
+        x = torch.where(good & ~far, newton, torch.where(closed, middle, outward))
+        x = x.clamp(torch.finfo(y.dtype).min, torch.finfo(y.dtype).max)
+    return torch.where(given, best, y), torch.where(given, best_gap, torch.zeros_like(y)), steps, ~done

@@ -1,0 +1,615 @@
+"""The contract of every layer: two methods, from which Pyro's whole transform protocol follows."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Literal, NamedTuple, TypeVar
+
+import torch
+from pyro.distributions.conditional import ConditionalTransform
+from pyro.distributions.torch_transform import TransformModule
+from torch import Tensor, nn
+from torch.distributions import Transform, constraints
+
+from pyroflows.errors import ContextError, OptionError, ShapeError
+from pyroflows.nets import MLP, Activation
+from pyroflows.numerics import sum_last
+
+__all__ = ["Compose", "Conditioned", "FlowTransform", "Inverse", "Reshaped", "Wrapped", "with_variants"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def with_variants(*options: Mapping[str, Any]) -> Callable[[F], F]:
+    """Names the option sets of a registered factory that the laws are to be checked for, beside the defaults.
+
+    Example:
+        >>> @with_variants({"floor": 0.1})
+        ... def layer(input_dim, *, context_dim=0, floor=0.0): ...
+        >>> layer.variants
+        ({}, {'floor': 0.1})
+    """
+
+    def attach(factory: F) -> F:
+        factory.variants = ({}, *options)  # type: ignore[attr-defined]
+        return factory
+
+    return attach
+
+
+class _Memo(NamedTuple):
+    """The last ``(x, y, log_det)``, with the values of everything that it depends on."""
+
+    x: Tensor
+    y: Tensor
+    log_det: Tensor
+    by_forward: bool
+    with_grad: bool
+    versions: tuple[int, int]
+    values: tuple[tuple[bool, Tensor], ...]
+
+
+def _same(now: tuple[bool, Tensor], then: tuple[bool, Tensor]) -> bool:
+    (grad_now, a), (grad_then, b) = now, then
+    alike = grad_now == grad_then and a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+    return alike and torch.equal(a, b)
+
+
+def _memo_is_off() -> bool:
+    return (
+        torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
+    )
+
+
+class FlowTransform(TransformModule, ConditionalTransform):  # type: ignore[misc]
+    r"""A bijection with parameters and, if ``context_dim > 0``, a context.
+
+    An author writes ``forward_and_log_det`` and ``inverse_and_log_det``, pure functions of their arguments and
+    of the parameters. Everything that Pyro and torch expect of a transform follows: call, ``.inv``,
+    ``log_abs_det_jacobian(x, y)``, ``condition(context)``, caching, shapes. Forward is base to data.
+
+    The last pair is remembered, so that scoring a sample costs no inverse: what one direction gave is mapped
+    back for free, and its log-det is known. It answers only for those very tensors, and only while they and
+    every parameter and buffer still have the values that it was computed from. So a stale number is never
+    returned, whatever optimizer changed the parameters, and a tensor of the caller's (data) is never a key.
+    As with any cached transform of torch, the ``x`` that comes back for a sample ``y`` is the tensor that
+    ``y`` was computed from; for a gradient with respect to ``y``, score ``y.detach().requires_grad_()``.
+
+    Args:
+        context_dim: the width of the context, 0 for an unconditional transform.
+
+    Attributes:
+        inverse: ``"closed"`` if the inverse is a formula, ``"numeric"`` if it is a search.
+        log_det: ``"exact"``, or ``"estimate"`` if it is random in training mode.
+        vmaps: whether ``torch.func.vmap`` over either direction works.
+        compiles: whether ``torch.compile(fullgraph=True)`` of either direction works.
+        twice_differentiable: whether second derivatives of both directions exist.
+        config: how the registry built this transform, or ``None``.
+    """
+
+    domain: constraints.Constraint = constraints.real_vector
+    codomain: constraints.Constraint = constraints.real_vector
+    bijective = True
+    context_dim: int = 0
+    inverse: Literal["closed", "numeric"] = "closed"
+    log_det: Literal["exact", "estimate"] = "exact"
+    vmaps: bool = True
+    compiles: bool = True
+    twice_differentiable: bool = True
+    config: Any = None
+
+    def __init__(self, context_dim: int = 0) -> None:
+        # torch's own cache stays off: ours is consulted in its place.
+        super().__init__(cache_size=0)
+        if not isinstance(context_dim, int) or context_dim < 0:
+            raise OptionError(f"context_dim must be a non-negative integer, got {context_dim!r}.")
+        self.context_dim = context_dim
+        self._memo: _Memo | None = None
+
+    # --- the two methods of an author -------------------------------------------------------------------
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``y`` ``[*batch, *event]`` and ``log|det dy/dx|`` ``[*batch]``."""
+        raise NotImplementedError
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``x`` ``[*batch, *event]`` and ``log|det dx/dy|`` ``[*batch]``."""
+        raise NotImplementedError
+
+    def initialize(self, y: Tensor, context: Tensor | None = None) -> None:
+        """Sets starting values from a batch of data on the ``y`` side; most layers have nothing to set."""
+
+    def inverse_residual(self, y: Tensor, context: Tensor | None = None) -> Tensor:
+        """How far ``forward(inverse(y))`` is from ``y``: the largest absolute difference, ``[*batch]``."""
+        with torch.no_grad():
+            x, _ = self.inverse_and_log_det(y, context)
+            gap = (self.forward_and_log_det(x, context)[0] - y).abs()
+            event_dim = self.codomain.event_dim
+            return gap.flatten(-event_dim).amax(-1) if event_dim else gap
+
+    # --- named parameters, with or without a context ----------------------------------------------------
+
+    def declare_parameters(
+        self,
+        *,
+        hidden_dims: Sequence[int] = (128, 128),
+        activation: Activation = "relu",
+        **initial: Tensor,
+    ) -> None:
+        """Declares named tensors: trainable as they are, or the output of a network that reads the context.
+
+        Args:
+            hidden_dims: the hidden widths of that network, used if ``context_dim > 0``.
+            activation: its activation.
+            **initial: the starting value of each tensor; the network starts close to it too.
+        """
+        self._shapes = {name: value.shape for name, value in initial.items()}
+        if self.context_dim == 0:
+            for name, value in initial.items():
+                self.register_parameter(name, nn.Parameter(value))
+            return
+        flat = torch.cat([value.flatten() for value in initial.values()])
+        self.conditioner = MLP(
+            0, len(flat), hidden_dims=hidden_dims, context_dim=self.context_dim, activation=activation
+        )
+        with torch.no_grad():
+            self.conditioner.layers[-1].bias.copy_(flat)
+
+    def parameters_of(self, context: Tensor | None = None) -> dict[str, Tensor]:
+        """The declared tensors by name: ``shape`` each, or ``[*context_batch, *shape]`` under a context."""
+        self.check_context(context)
+        if self.context_dim == 0:
+            return {name: getattr(self, name) for name in self._shapes}
+        flat = self.conditioner(None, context).split([shape.numel() for shape in self._shapes.values()], -1)
+        return {
+            name: part.unflatten(-1, shape) if len(shape) != 1 else part
+            for part, (name, shape) in zip(flat, self._shapes.items(), strict=True)
+        }
+
+    def check_context(self, context: Tensor | None) -> None:
+        """Raises `ContextError` unless the context is what this transform was built for."""
+        if self.context_dim == 0:
+            return
+        name = type(self).__name__
+        if context is None:
+            raise ContextError(
+                f"{name} was built with context_dim={self.context_dim} and got no context. "
+                "Call .condition(context) first, or flow(context) for a flow."
+            )
+        if context.dim() == 0 or context.shape[-1] != self.context_dim:
+            raise ContextError(
+                f"{name} expected a context of shape [*batch, {self.context_dim}], got {tuple(context.shape)}."
+            )
+
+    def check_width(self, value: Tensor, width: int) -> None:
+        """Raises `ShapeError` unless the last dimension of ``value`` has the given width."""
+        if value.dim() == 0 or value.shape[-1] != width:
+            raise ShapeError(
+                f"{type(self).__name__} was built with input_dim={width} and got shape {tuple(value.shape)}."
+            )
+
+    def _claim_as(self, *parts: FlowTransform) -> None:
+        """What holds for a combination is what holds for each part."""
+        self.inverse = "numeric" if any(part.inverse == "numeric" for part in parts) else "closed"
+        self.log_det = "estimate" if any(part.log_det == "estimate" for part in parts) else "exact"
+        self.vmaps = all(part.vmaps for part in parts)
+        self.compiles = all(part.compiles for part in parts)
+        self.twice_differentiable = all(part.twice_differentiable for part in parts)
+
+    # --- Pyro's and torch's protocol, derived -----------------------------------------------------------
+
+    def condition(self, context: Tensor) -> FlowTransform:
+        """This transform at a context ``[*batch, context_dim]``; itself, if it reads none."""
+        return self if self.context_dim == 0 else Conditioned(self, context)
+
+    @property
+    def inv(self) -> FlowTransform:
+        """The inverse transform, a module that holds the same parameters; ``t.inv.inv is t``."""
+        if self._inv is None:
+            self.__dict__["_inv"] = Inverse(self)  # not a submodule: the inverse contains this one
+        return self._inv
+
+    @property
+    def event_size(self) -> int:
+        """How many trailing dimensions of a tensor belong to one point, also where ``event_dim`` is 0."""
+        return max(1, self.domain.event_dim)
+
+    def forward_shape(self, shape: Sequence[int]) -> torch.Size:
+        """The shape of ``y`` for an ``x`` of the given shape."""
+        return torch.Size(shape)
+
+    def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
+        """The shape of ``x`` for a ``y`` of the given shape."""
+        return torch.Size(shape)
+
+    def with_cache(self, cache_size: int = 1) -> FlowTransform:
+        """This transform: its memory of the last pair is always safe, so there is none without."""
+        return self
+
+    def clear_cache(self) -> None:
+        """Forgets the last pair, and with it the memory that it holds."""
+        self._memo = None
+
+    def __call__(self, x: Tensor) -> Tensor:
+        memo = self._recall(x=x)
+        if memo is not None:
+            return memo.y
+        y, log_det = self.forward_and_log_det(x)
+        self._remember(x, y, log_det, by_forward=True)
+        return y
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        memo = self._recall(y=y)
+        if memo is not None:
+            return memo.x
+        x, log_det = self.inverse_and_log_det(y)
+        self._remember(x, y, -log_det, by_forward=False)
+        return x
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """``log|det dy/dx|`` ``[*batch]``; free if the pair is the last one."""
+        memo = self._recall(x=x, y=y)
+        return self.forward_and_log_det(x)[1] if memo is None else memo.log_det
+
+    def invert(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """``inverse_and_log_det(y)``, free if ``y`` is what the last call gave; remembers nothing."""
+        memo = self._recall(y=y)
+        return self.inverse_and_log_det(y) if memo is None else (memo.x, -memo.log_det)
+
+    def _call(self, x: Tensor) -> Tensor:
+        return self.forward_and_log_det(x)[0]
+
+    def _inverse(self, y: Tensor) -> Tensor:
+        return self.inverse_and_log_det(y)[0]
+
+    # --- the memo ---------------------------------------------------------------------------------------
+
+    def _values(
+        self, x: Tensor, y: Tensor, keep: Callable[[Tensor], Tensor]
+    ) -> tuple[tuple[bool, Tensor], ...]:
+        """What a pair depends on; parameters and buffers in full, the pair itself by its sums."""
+        tensors = [(t.requires_grad, t.detach().sum()) for t in (x, y)]
+        for module in self.modules():
+            for t in itertools.chain(module._parameters.values(), module._buffers.values()):
+                if t is not None:
+                    tensors.append((t.requires_grad, keep(t.detach())))
+        return tuple(tensors)
+
+    def _remember(self, x: Tensor, y: Tensor, log_det: Tensor, *, by_forward: bool) -> None:
+        if _memo_is_off() or y.is_meta or y.is_inference() or x.is_inference():
+            return
+        versions, values = (x._version, y._version), self._values(x, y, Tensor.clone)
+        self._memo = _Memo(x, y, log_det, by_forward, torch.is_grad_enabled(), versions, values)
+
+    def _recall(self, *, x: Tensor | None = None, y: Tensor | None = None) -> _Memo | None:
+        memo = self._memo
+        if memo is None or not (x is None or memo.x is x) or not (y is None or memo.y is y) or _memo_is_off():
+            return None
+        if (x is None or y is None) and memo.by_forward != (x is None):
+            return None  # only a result of ours is mapped back, never a tensor of the caller's
+        if torch.is_grad_enabled() and not memo.with_grad:
+            return None  # it was computed without a graph, and one is wanted now
+        if (memo.x._version, memo.y._version) != memo.versions:
+            return None
+        now = self._values(memo.x, memo.y, lambda value: value)
+        return memo if len(now) == len(memo.values) and all(map(_same, now, memo.values)) else None
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_memo": None, "_inv": None}
+
+    def __repr__(self) -> str:
+        return nn.Module.__repr__(self)
+
+
+class Inverse(FlowTransform):
+    """A transform run backwards: :math:`y = f^{-1}(x)`, with the parameters of :math:`f`.
+
+    Example:
+        >>> from pyroflows.transforms import affine
+        >>> layer = affine(3)
+        >>> layer.inv.inv is layer
+        True
+    """
+
+    def __init__(self, transform: FlowTransform) -> None:
+        super().__init__(transform.context_dim)
+        self.transform = transform
+        self._claim_as(transform)
+
+    @property
+    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        """The codomain of the transform that is inverted."""
+        return self.transform.codomain
+
+    @property
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+        """The domain of the transform that is inverted."""
+        return self.transform.domain
+
+    @property
+    def inv(self) -> FlowTransform:
+        """The transform itself."""
+        if self.transform._inv is None:
+            self.transform.__dict__["_inv"] = self
+        return self.transform
+
+    # One memo serves both: the transform's.
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return self.transform._inv_call(x)
+
+    def _inv_call(self, y: Tensor) -> Tensor:
+        return self.transform(y)
+
+    def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
+        """``log|det dy/dx|`` ``[*batch]``; free if the pair is the last one."""
+        return -self.transform.log_abs_det_jacobian(y, x)
+
+    def invert(self, y: Tensor) -> tuple[Tensor, Tensor]:
+        """``inverse_and_log_det(y)``, free if ``y`` is what the last call gave."""
+        memo = self.transform._recall(x=y)
+        return self.inverse_and_log_det(y) if memo is None else (memo.y, memo.log_det)
+
+    def clear_cache(self) -> None:
+        """Forgets the last pair."""
+        self.transform.clear_cache()
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The inverse of the transform."""
+        return self.transform.inverse_and_log_det(x, context)
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The forward direction of the transform."""
+        return self.transform.forward_and_log_det(y, context)
+
+    def forward_shape(self, shape: Sequence[int]) -> torch.Size:
+        """The shape that the transform maps from."""
+        return self.transform.inverse_shape(shape)
+
+    def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
+        """The shape that the transform maps to."""
+        return self.transform.forward_shape(shape)
+
+
+class Conditioned(FlowTransform):
+    """A transform at a fixed context, so that its distribution has the context's batch shape.
+
+    A copy or pickle holds the context's value, cut off from the graph that made it.
+
+    Args:
+        transform: a transform with ``context_dim > 0``.
+        context: ``[*batch, context_dim]``.
+
+    Raises:
+        ContextError: the context has another width.
+    """
+
+    context: Tensor
+
+    def __init__(self, transform: FlowTransform, context: Tensor) -> None:
+        transform.check_context(context)
+        super().__init__()
+        self.transform = transform
+        self.register_buffer("context", context, persistent=False)
+        self._claim_as(transform)
+
+    @property
+    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        """The domain of the transform."""
+        return self.transform.domain
+
+    @property
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+        """The codomain of the transform."""
+        return self.transform.codomain
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The transform at the fixed context."""
+        return self.transform.forward_and_log_det(x, self.context)
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The inverse of the transform at the fixed context."""
+        return self.transform.inverse_and_log_det(y, self.context)
+
+    def _broadcast(self, shape: Sequence[int]) -> torch.Size:
+        return torch.broadcast_shapes(shape, (*self.context.shape[:-1], *(1,) * self.event_size))
+
+    def forward_shape(self, shape: Sequence[int]) -> torch.Size:
+        """The transform's own, broadcast with the context's batch shape."""
+        return self._broadcast(self.transform.forward_shape(shape))
+
+    def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
+        """The transform's own, broadcast with the context's batch shape."""
+        return self._broadcast(self.transform.inverse_shape(shape))
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = super().__getstate__()
+        state["_buffers"] = {name: buffer.detach() for name, buffer in self._buffers.items()}  # type: ignore[union-attr]
+        return state
+
+
+class Wrapped(FlowTransform):
+    """A transform of torch or Pyro as a layer.
+
+    Args:
+        transform: a bijective ``torch.distributions.Transform``.
+
+    Raises:
+        OptionError: the transform is not bijective.
+
+    Example:
+        >>> from torch.distributions.transforms import ExpTransform
+        >>> Wrapped(ExpTransform()).forward_and_log_det(torch.zeros(2))[0]
+        tensor([1., 1.])
+    """
+
+    def __init__(self, transform: Transform) -> None:
+        super().__init__()
+        if not transform.bijective:
+            raise OptionError(f"{transform!r} is not bijective, so it has no density.")
+        self.transform = transform  # a submodule, if it is a module
+        self.compiles = False
+
+    @property
+    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        """The domain of the transform."""
+        return self.transform.domain
+
+    @property
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+        """The codomain of the transform."""
+        return self.transform.codomain
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The transform and its ``log_abs_det_jacobian``."""
+        y = self.transform(x)
+        return y, sum_last(self.transform.log_abs_det_jacobian(x, y), 0)
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The inverse of the transform, and minus its ``log_abs_det_jacobian``."""
+        x = self.transform.inv(y)
+        return x, -sum_last(self.transform.log_abs_det_jacobian(x, y), 0)
+
+    def forward_shape(self, shape: Sequence[int]) -> torch.Size:
+        """The transform's own."""
+        return torch.Size(self.transform.forward_shape(shape))
+
+    def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
+        """The transform's own."""
+        return torch.Size(self.transform.inverse_shape(shape))
+
+
+class Reshaped(FlowTransform):
+    """A layer on vectors, applied to points of any shape by flattening them.
+
+    Args:
+        transform: a layer on vectors.
+        event_shape: the shape of one point, with as many entries as the layer has coordinates.
+
+    Example:
+        >>> from pyroflows.transforms import affine
+        >>> Reshaped(affine(6), (2, 3)).forward_and_log_det(torch.zeros(5, 2, 3))[1].shape
+        torch.Size([5])
+    """
+
+    def __init__(self, transform: FlowTransform, event_shape: Sequence[int]) -> None:
+        super().__init__(transform.context_dim)
+        self.transform, self.event_shape = transform, torch.Size(event_shape)
+        self.domain = _raised(constraints.real, len(self.event_shape))
+        self.codomain = self.domain
+        self._claim_as(transform)
+
+    def _flat(self, value: Tensor) -> Tensor:
+        if value.shape[-len(self.event_shape) :] != self.event_shape:
+            raise ShapeError(f"expected points of shape {tuple(self.event_shape)}, got {tuple(value.shape)}.")
+        return value.flatten(-len(self.event_shape))
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The layer on flattened points."""
+        y, log_det = self.transform.forward_and_log_det(self._flat(x), context)
+        return y.unflatten(-1, self.event_shape), log_det
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The layer's inverse on flattened points."""
+        x, log_det = self.transform.inverse_and_log_det(self._flat(y), context)
+        return x.unflatten(-1, self.event_shape), log_det
+
+
+def _raised(constraint: constraints.Constraint, event_dim: int) -> constraints.Constraint:
+    missing = event_dim - constraint.event_dim
+    return constraints.independent(constraint, missing) if missing > 0 else constraint
+
+
+class Compose(FlowTransform):
+    r"""One transform after another: :math:`y = f_n(\ldots f_1(x))`, itself a transform.
+
+    Args:
+        transforms: the parts, first to last. A transform of torch or Pyro is wrapped; parts that read a
+            context must agree on its width, the others ignore it.
+
+    Raises:
+        OptionError: no parts, or two different context widths.
+
+    Example:
+        >>> from pyroflows.transforms import affine, permute
+        >>> Compose([affine(2), permute(2, torch.tensor([1, 0]))])(torch.tensor([1.0, 2.0]))
+        tensor([2., 1.], grad_fn=<...>)
+    """
+
+    def __init__(self, transforms: Sequence[Transform]) -> None:
+        parts = [part if isinstance(part, FlowTransform) else Wrapped(part) for part in transforms]
+        widths = {part.context_dim for part in parts} - {0}
+        if not parts or len(widths) > 1:
+            raise OptionError(
+                "Compose needs at least one transform."
+                if not parts
+                else f"the transforms read contexts of different widths: {sorted(widths)}."
+            )
+        super().__init__(max(widths, default=0))
+        self.transforms = nn.ModuleList(parts)
+        self._claim_as(*parts)
+
+    def __len__(self) -> int:
+        return len(self.transforms)
+
+    def __iter__(self) -> Iterator[FlowTransform]:
+        return iter(self.transforms)  # type: ignore[arg-type]
+
+    def __getitem__(self, index: int) -> FlowTransform:
+        return self.transforms[index]  # type: ignore[return-value]
+
+    @property
+    def _event_dim(self) -> int:
+        return max(max(part.domain.event_dim, part.codomain.event_dim) for part in self)
+
+    @property
+    def domain(self) -> constraints.Constraint:  # type: ignore[override]
+        """The domain of the first part, at the event dimension of the largest."""
+        return _raised(self[0].domain, self._event_dim)
+
+    @property
+    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
+        """The codomain of the last part, at the event dimension of the largest."""
+        return _raised(self[-1].codomain, self._event_dim)
+
+    def _total(self, terms: Iterable[tuple[FlowTransform, Tensor]]) -> Tensor:
+        event_dim = self._event_dim
+        return sum(sum_last(term, event_dim - part.domain.event_dim) for part, term in terms)  # type: ignore[return-value]
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The parts in turn, their log-dets added."""
+        self.check_context(context)
+        terms = []
+        for part in self:
+            x, log_det = part.forward_and_log_det(x, context)
+            terms.append((part, log_det))
+        return x, self._total(terms)
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The parts' inverses in reverse, their log-dets added."""
+        self.check_context(context)
+        terms = []
+        for part in reversed(self):
+            y, log_det = part.inverse_and_log_det(y, context)
+            terms.append((part, log_det))
+        return y, self._total(terms)
+
+    def initialize(self, y: Tensor, context: Tensor | None = None) -> None:
+        """Initializes each part with the data as they reach it."""
+        with torch.no_grad():
+            for part in reversed(self):
+                part.initialize(y, context)
+                y, _ = part.inverse_and_log_det(y, context)
+
+    def forward_shape(self, shape: Sequence[int]) -> torch.Size:
+        """The parts' shapes in turn."""
+        for part in self:
+            shape = part.forward_shape(shape)
+        return torch.Size(shape)
+
+    def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
+        """The parts' shapes in reverse."""
+        for part in reversed(self):
+            shape = part.inverse_shape(shape)
+        return torch.Size(shape)

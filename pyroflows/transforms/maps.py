@@ -1,0 +1,162 @@
+r"""Univariate maps: increasing functions of one real variable with a handful of parameters.
+
+A map says how many parameters it needs a dimension and maps numbers forth and back with the log of its slope.
+The structures `Elementwise`, `Coupling` and `Autoregressive` say where the parameters come from, so each map
+is three layers. All parameters zero is the identity.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from pyroflows.errors import OptionError
+from pyroflows.numerics import bounded_log_scale, linear_rational, monotone_root, positive, rational_quadratic
+
+__all__ = ["Additive", "Affine", "NumericMap", "Spline", "UnivariateMap"]
+
+
+class UnivariateMap(ABC):
+    """An increasing map of the real line, applied to each number with its own parameters.
+
+    Attributes:
+        params: how many parameters one dimension needs.
+        inverse: ``"closed"``, or ``"numeric"`` for a map that derives from `NumericMap`.
+    """
+
+    params: int
+    inverse: Literal["closed", "numeric"] = "closed"
+    vmaps: bool = True
+    compiles: bool = True
+
+    @abstractmethod
+    def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """``y`` and ``log dy/dx``, both ``[...]``, for ``x`` ``[...]`` and parameters ``[..., self.params]``."""
+
+    @abstractmethod
+    def backward(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """``x`` and ``log dx/dy``, both ``[...]``, for ``y`` ``[...]`` and parameters ``[..., self.params]``."""
+
+
+class NumericMap(UnivariateMap):
+    """A map without a formula for its inverse: that is searched for, to the last digits, and differentiable."""
+
+    inverse = "numeric"
+    vmaps = False
+    compiles = False
+
+    def backward(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """``x`` and ``log dx/dy``, by `monotone_root`.
+
+        Raises:
+            InverseNotConverged: some root was not found.
+        """
+        root = monotone_root(lambda x: self.forward(x, params), y)
+        return root.x, -root.log_slope
+
+
+class Additive(UnivariateMap):
+    """A shift: ``y = x + t``. Volume-preserving (Dinh, Krueger, Bengio 2014, *NICE*, arXiv:1410.8516)."""
+
+    params = 1
+
+    def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """``x + t`` and zero."""
+        y = x + params[..., 0]
+        return y, torch.zeros_like(y)
+
+    def backward(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """``y - t`` and zero."""
+        x = y - params[..., 0]
+        return x, torch.zeros_like(x)
+
+
+class Affine(UnivariateMap):
+    r"""A shift and a scale, :math:`y = a x + t` with :math:`a > 0` (Dinh, Sohl-Dickstein, Bengio 2016,
+    *Density estimation using Real NVP*, arXiv:1605.08803).
+
+    Args:
+        scale: ``"bounded"``: :math:`\log a = b \tanh(r / b)`, so the scale stays in :math:`(e^{-b}, e^b)`;
+            ``"softplus"``: :math:`a = f + \log(1 + e^{r + c})`, unbounded above.
+        max_log_scale: the bound :math:`b`.
+        floor: the floor :math:`f` of the softplus scale.
+
+    Raises:
+        OptionError: ``scale`` is neither.
+    """
+
+    params = 2
+
+    def __init__(
+        self,
+        scale: Literal["bounded", "softplus"] = "bounded",
+        max_log_scale: float = 3.0,
+        floor: float = 1e-3,
+    ) -> None:
+        if scale not in ("bounded", "softplus"):
+            raise OptionError(f'scale must be "bounded" or "softplus", got {scale!r}.')
+        if not max_log_scale > 0 or not 0 < floor < 1:
+            raise OptionError(
+                f"expected max_log_scale > 0 and 0 < floor < 1, got {max_log_scale} and {floor}."
+            )
+        self.scale, self.max_log_scale, self.floor = scale, max_log_scale, floor
+
+    def _shift_and_log_scale(self, params: Tensor) -> tuple[Tensor, Tensor]:
+        shift, raw = params.unbind(-1)
+        if self.scale == "bounded":
+            return shift, bounded_log_scale(raw, self.max_log_scale)
+        return shift, torch.log(positive(raw, self.floor))
+
+    def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """``a x + t`` and ``log a``."""
+        shift, log_scale = self._shift_and_log_scale(params)
+        y = x * torch.exp(log_scale) + shift
+        return y, log_scale.expand_as(y)
+
+    def backward(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """``(y - t) / a`` and ``-log a``."""
+        shift, log_scale = self._shift_and_log_scale(params)
+        x = (y - shift) * torch.exp(-log_scale)
+        return x, -log_scale.expand_as(x)
+
+
+class Spline(UnivariateMap):
+    """A rational spline on ``[-bound, bound]`` and the identity outside.
+
+    Args:
+        bins: the number of bins, at least 2.
+        bound: half the side of the box.
+        order: ``"quadratic"`` (Durkan et al. 2019, arXiv:1906.04032) or ``"linear"`` (Dolatabadi et al. 2020,
+            arXiv:2001.05168).
+
+    Raises:
+        OptionError: too few bins, more than 500, a bound that is not positive, or an unknown order.
+    """
+
+    def __init__(
+        self, bins: int = 8, bound: float = 5.0, order: Literal["quadratic", "linear"] = "quadratic"
+    ) -> None:
+        if order not in ("quadratic", "linear"):
+            raise OptionError(f'order must be "quadratic" or "linear", got {order!r}.')
+        if not 2 <= bins <= 500 or not bound > 0:
+            raise OptionError(f"expected 2 <= bins <= 500 and bound > 0, got {bins} and {bound}.")
+        self.bins, self.bound, self.order = bins, float(bound), order
+        sizes = [bins, bins, bins - 1]
+        self.sizes = sizes if order == "quadratic" else [*sizes, bins]
+        self.params = sum(self.sizes)
+
+    def _apply(self, value: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
+        parts = params.split(self.sizes, -1)
+        function = rational_quadratic if self.order == "quadratic" else linear_rational
+        return function(value, *parts, bound=self.bound, inverse=inverse)  # type: ignore[operator]
+
+    def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """The spline and its log-slope."""
+        return self._apply(x, params, inverse=False)
+
+    def backward(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """The inverse spline and its log-slope."""
+        return self._apply(y, params, inverse=True)
