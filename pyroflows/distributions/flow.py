@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
 
 from pyroflows.distributions.base import Base
-from pyroflows.distributions.support import Support, as_constraint, describe
+from pyroflows.distributions.support import Support, as_constraint, describe, restore
 from pyroflows.errors import ContextError, OptionError, ShapeError
 from pyroflows.numerics import sum_last
 from pyroflows.transforms import Compose, FlowTransform, Wrapped
@@ -124,9 +124,7 @@ class Flow(nn.Module):
     context_loc: Tensor
     context_scale: Tensor
 
-    def __init__(
-        self, transform: FlowTransform, base: Base | nn.Module, *, support: Support | None = None
-    ) -> None:
+    def __init__(self, transform: FlowTransform, base: Base | nn.Module, *, support: Support | None = None) -> None:
         super().__init__()
         self.base = base
         self.config: Any = None
@@ -178,6 +176,14 @@ class Flow(nn.Module):
         self.transform = Compose(parts)
         self._support = self.transform.codomain
 
+    def restore_support(self, description: Any) -> None:
+        """Declares the support that ``support_description`` put down; used by ``pyroflows.load``.
+
+        Raises:
+            ArchiveCorrupt: the description is not one of ours.
+        """
+        self.constrain(restore(description))
+
     def forward(self, context: Tensor | None = None) -> FlowDistribution:
         """The distribution, with the context's batch shape.
 
@@ -189,9 +195,7 @@ class Flow(nn.Module):
         """
         if context is None:
             if self.context_dim:
-                raise ContextError(
-                    f"this flow was built with context_dim={self.context_dim}: call flow(context)."
-                )
+                raise ContextError(f"this flow was built with context_dim={self.context_dim}: call flow(context).")
             return FlowDistribution(self.base(), [self.transform])
         if not self.context_dim:
             raise ContextError("this flow was built without a context (context_dim=0): call flow().")

@@ -93,15 +93,14 @@ def restore(description: Any) -> Support | None:
     if description is None:
         return None
     if isinstance(description, str) and description in _NAMED:
-        return _NAMED[description]  # type: ignore[no-any-return]
+        return _NAMED[description]
     if isinstance(description, list):
-        return [restore(column) or constraints.real for column in description]  # type: ignore[misc]
+        return [as_constraint(restore(column)) or constraints.real for column in description]
     if isinstance(description, Mapping) and len(description) == 1:
         [(name, bounds)] = description.items()
         if name in _BOUNDED and isinstance(bounds, Mapping) and set(bounds) == set(_BOUNDED[name][1]):
             values = {
-                key: torch.tensor(value) if isinstance(value, list) else float(value)
-                for key, value in bounds.items()
+                key: torch.tensor(value) if isinstance(value, list) else float(value) for key, value in bounds.items()
             }
             return _BOUNDED[name][0](**values)
     raise ArchiveCorrupt(f"the archive names an unknown support: {description!r}.")

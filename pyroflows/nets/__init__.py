@@ -1,6 +1,6 @@
 """Conditioner networks: plain modules from tensors to tensors, no densities."""
 
-from pyroflows.nets.mlp import MLP, Activation
 from pyroflows.nets.made import MADE
+from pyroflows.nets.mlp import MLP, Activation
 
 __all__ = ["MADE", "MLP", "Activation"]

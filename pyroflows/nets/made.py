@@ -7,6 +7,7 @@ arXiv:1502.03509.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -60,7 +61,7 @@ class MADE(MLP):
         for width in hidden_dims:
             unit = torch.arange(width)
             degrees.append(lowest + unit * (input_dim - lowest) // width)
-        masks = [later[:, None] >= earlier for earlier, later in zip(degrees, degrees[1:], strict=False)]
+        masks = [later[:, None] >= earlier for earlier, later in pairwise(degrees)]
         masks.append(torch.tensor(ranks).repeat_interleave(params)[:, None] >= degrees[-1])
         super().__init__(
             input_dim,

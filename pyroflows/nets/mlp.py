@@ -69,9 +69,11 @@ class _Linear(nn.Module):
         self.register_buffer("mask", mask if inputs else None)
 
     def forward(self, x: Tensor | None, context: Tensor | None = None) -> Tensor:
-        out = self.bias
+        out: Tensor = self.bias
         if self.weight is not None and x is not None:
-            weight = self.weight if self.mask is None else torch.where(self.mask, self.weight, 0)
+            weight: Tensor = self.weight
+            if self.mask is not None:
+                weight = torch.where(self.mask, weight, 0)
             out = linear(x, weight, self.bias)
         elif x is not None:
             out = self.bias.expand(*x.shape[:-1], -1)
@@ -134,11 +136,8 @@ class MLP(nn.Module):
             for i in range(len(widths) - 1)
         )
         with torch.no_grad():
-            last = self.layers[-1]
-            for weight in (last.weight, last.context_weight):
-                if weight is not None:
-                    weight.mul_(0.01)
-            last.bias.zero_()
+            for name, parameter in self.layers[-1].named_parameters():
+                parameter.mul_(0.0 if name == "bias" else 0.01)
 
     def forward(self, x: Tensor | None, context: Tensor | None = None) -> Tensor:
         """The output ``[*batch, out_features]`` for ``x`` ``[*batch, in_features]`` and a broadcastable context.

@@ -99,7 +99,8 @@ def _search(
     last_width = torch.full_like(y, torch.inf)
     done = ~given
     steps = 0
-    for steps in range(1, max_steps + 1):
+    while steps < max_steps:
+        steps += 1
         value, log_slope = f(x)
         gap = target - value
         better = gap.abs() < best_gap
@@ -117,9 +118,7 @@ def _search(
         last_width = width
         middle = low + 0.5 * width
         # A bracket that spans orders of magnitude is halved in the exponent.
-        wide = (low * high > 0) & (
-            torch.maximum(low.abs(), high.abs()) > 4 * torch.minimum(low.abs(), high.abs())
-        )
+        wide = (low * high > 0) & (torch.maximum(low.abs(), high.abs()) > 4 * torch.minimum(low.abs(), high.abs()))
         middle = torch.where(wide, torch.sign(low) * torch.sqrt(low.abs()) * torch.sqrt(high.abs()), middle)
         closed = torch.isfinite(width)
         good = (newton > low) & (newton < high) & ~(slow & closed)

@@ -37,7 +37,7 @@ class _Bin(NamedTuple):
     mean_slope: Tensor
     slope_0: Tensor
     slope_1: Tensor
-    index: Tensor  # [..., 1]
+    number: Tensor  # which bin, [..., 1]
 
 
 def _knots(logits: Tensor, bound: float) -> tuple[Tensor, Tensor]:
@@ -47,9 +47,7 @@ def _knots(logits: Tensor, bound: float) -> tuple[Tensor, Tensor]:
     return 2 * bound * share, bound * (2 * edges - 1)
 
 
-def _find_bin(
-    value: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, bound: float, inverse: bool
-) -> _Bin:
+def _find_bin(value: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, bound: float, inverse: bool) -> _Bin:
     width, left = _knots(widths, bound)
     height, bottom = _knots(heights, bound)
     inside = (value > -bound) & (value < bound)
@@ -174,7 +172,7 @@ def linear_rational(
     """
     bin = _find_bin(value, widths, heights, slopes, bound, inverse)
     root_0, root_1 = bin.slope_0.sqrt(), bin.slope_1.sqrt()
-    cut = splits.expand(*bin.index.shape[:-1], splits.shape[-1]).gather(-1, bin.index).squeeze(-1)
+    cut = splits.expand(*bin.number.shape[:-1], splits.shape[-1]).gather(-1, bin.number).squeeze(-1)
     cut = 0.025 + 0.95 * torch.sigmoid(cut)
     left_part, right_part = cut * root_0, (1 - cut) * root_1
     total = left_part + right_part

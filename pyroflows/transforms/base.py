@@ -57,12 +57,11 @@ def _same(now: tuple[bool, Tensor], then: tuple[bool, Tensor]) -> bool:
 
 
 def _memo_is_off() -> bool:
-    return (
-        torch.compiler.is_compiling() or torch.jit.is_tracing() or torch._C._are_functorch_transforms_active()
-    )
+    tracing = torch._C._get_tracing_state() is not None
+    return torch.compiler.is_compiling() or tracing or torch._C._are_functorch_transforms_active()
 
 
-class FlowTransform(TransformModule, ConditionalTransform):  # type: ignore[misc]
+class FlowTransform(TransformModule, ConditionalTransform):
     r"""A bijection with parameters and, if ``context_dim > 0``, a context.
 
     An author writes ``forward_and_log_det`` and ``inverse_and_log_det``, pure functions of their arguments and
@@ -149,12 +148,19 @@ class FlowTransform(TransformModule, ConditionalTransform):  # type: ignore[misc
             for name, value in initial.items():
                 self.register_parameter(name, nn.Parameter(value))
             return
-        flat = torch.cat([value.flatten() for value in initial.values()])
-        self.conditioner = MLP(
-            0, len(flat), hidden_dims=hidden_dims, context_dim=self.context_dim, activation=activation
-        )
+        size = sum(shape.numel() for shape in self._shapes.values())
+        self.conditioner = MLP(0, size, hidden_dims=hidden_dims, context_dim=self.context_dim, activation=activation)
+        self.start_from(**initial)
+
+    def start_from(self, **values: Tensor) -> None:
+        """Sets every declared tensor, or the last bias of the network that gives them."""
         with torch.no_grad():
-            self.conditioner.layers[-1].bias.copy_(flat)
+            if self.context_dim == 0:
+                for name, value in values.items():
+                    getattr(self, name).copy_(value)
+            else:
+                bias = dict(self.conditioner.layers[-1].named_parameters())["bias"]
+                bias.copy_(torch.cat([values[name].flatten() for name in self._shapes]))
 
     def parameters_of(self, context: Tensor | None = None) -> dict[str, Tensor]:
         """The declared tensors by name: ``shape`` each, or ``[*context_batch, *shape]`` under a context."""
@@ -208,7 +214,7 @@ class FlowTransform(TransformModule, ConditionalTransform):  # type: ignore[misc
         """The inverse transform, a module that holds the same parameters; ``t.inv.inv is t``."""
         if self._inv is None:
             self.__dict__["_inv"] = Inverse(self)  # not a submodule: the inverse contains this one
-        return self._inv
+        return self._inv  # type: ignore[return-value]
 
     @property
     def event_size(self) -> int:
@@ -265,9 +271,7 @@ class FlowTransform(TransformModule, ConditionalTransform):  # type: ignore[misc
 
     # --- the memo ---------------------------------------------------------------------------------------
 
-    def _values(
-        self, x: Tensor, y: Tensor, keep: Callable[[Tensor], Tensor]
-    ) -> tuple[tuple[bool, Tensor], ...]:
+    def _values(self, x: Tensor, y: Tensor, keep: Callable[[Tensor], Tensor]) -> tuple[tuple[bool, Tensor], ...]:
         """What a pair depends on; parameters and buffers in full, the pair itself by its sums."""
         tensors = [(t.requires_grad, t.detach().sum()) for t in (x, y)]
         for module in self.modules():

@@ -47,7 +47,7 @@ class Permutation(FlowTransform):
         self.dim = dim
         self.domain = self.codomain = constraints.independent(constraints.real, -dim)
         order = torch.as_tensor(permutation, dtype=torch.long)
-        if order.dim() != 1 or not order.is_meta and sorted(order.tolist()) != list(range(len(order))):
+        if order.dim() != 1 or (not order.is_meta and sorted(order.tolist()) != list(range(len(order)))):
             raise OptionError(f"expected a permutation of 0 .. {len(order) - 1}, got {order.tolist()}.")
         self.register_buffer("permutation", order.clone())
         self.register_buffer("back", torch.argsort(order))
@@ -109,9 +109,7 @@ class LULinear(FlowTransform):
         raw = self.parameters_of(context)
         size = math.sqrt(self.input_dim)
         diagonal = positive(raw["diagonal"])
-        lower = raw["lower"].tril(-1) / size + torch.eye(
-            self.input_dim, device=diagonal.device, dtype=diagonal.dtype
-        )
+        lower = raw["lower"].tril(-1) / size + torch.eye(self.input_dim, device=diagonal.device, dtype=diagonal.dtype)
         upper = raw["upper"].triu(1) / size + torch.diag_embed(diagonal)
         return lower, upper, sum_last(torch.log(diagonal)), raw.get("bias", 0.0)
 
@@ -190,11 +188,7 @@ class ActNorm(FlowTransform):
             shift, scale = rows.mean(0), rows.std(0)
             inside = (torch.log(scale.clamp_min(1e-30)) / self.max_log_scale).clamp(-0.999, 0.999)
             raw = self.max_log_scale * torch.atanh(inside)
-            if self.context_dim:
-                self.conditioner.layers[-1].bias.copy_(torch.cat([shift, raw]))
-            else:
-                self.shift.copy_(shift)
-                self.raw_log_scale.copy_(raw)
+            self.start_from(shift=shift, raw_log_scale=raw)
 
     def _shift_and_log_scale(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
         raw = self.parameters_of(context)

@@ -42,7 +42,7 @@ class UnivariateMap(ABC):
 
 
 class NumericMap(UnivariateMap):
-    """A map without a formula for its inverse: that is searched for, to the last digits, and differentiable."""
+    """A map whose inverse is no formula: it is searched for, to the last digits, and differentiable."""
 
     inverse = "numeric"
     vmaps = False
@@ -99,9 +99,7 @@ class Affine(UnivariateMap):
         if scale not in ("bounded", "softplus"):
             raise OptionError(f'scale must be "bounded" or "softplus", got {scale!r}.')
         if not max_log_scale > 0 or not 0 < floor < 1:
-            raise OptionError(
-                f"expected max_log_scale > 0 and 0 < floor < 1, got {max_log_scale} and {floor}."
-            )
+            raise OptionError(f"expected max_log_scale > 0 and 0 < floor < 1, got {max_log_scale} and {floor}.")
         self.scale, self.max_log_scale, self.floor = scale, max_log_scale, floor
 
     def _shift_and_log_scale(self, params: Tensor) -> tuple[Tensor, Tensor]:
@@ -136,9 +134,7 @@ class Spline(UnivariateMap):
         OptionError: too few bins, more than 500, a bound that is not positive, or an unknown order.
     """
 
-    def __init__(
-        self, bins: int = 8, bound: float = 5.0, order: Literal["quadratic", "linear"] = "quadratic"
-    ) -> None:
+    def __init__(self, bins: int = 8, bound: float = 5.0, order: Literal["quadratic", "linear"] = "quadratic") -> None:
         if order not in ("quadratic", "linear"):
             raise OptionError(f'order must be "quadratic" or "linear", got {order!r}.')
         if not 2 <= bins <= 500 or not bound > 0:
@@ -151,7 +147,7 @@ class Spline(UnivariateMap):
     def _apply(self, value: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         parts = params.split(self.sizes, -1)
         function = rational_quadratic if self.order == "quadratic" else linear_rational
-        return function(value, *parts, bound=self.bound, inverse=inverse)  # type: ignore[operator]
+        return function(value, *parts, bound=self.bound, inverse=inverse)
 
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """The spline and its log-slope."""

@@ -145,9 +145,7 @@ def additive_coupling(
     """
     hidden_dims = [10 * input_dim] if hidden_dims is None else hidden_dims
     mask = _first(input_dim, split_dim)
-    return Coupling(
-        Additive(), input_dim, context_dim=context_dim, mask=mask, hidden_dims=hidden_dims, **options
-    )
+    return Coupling(Additive(), input_dim, context_dim=context_dim, mask=mask, hidden_dims=hidden_dims, **options)
 
 
 @with_variants({"order": "quadratic"}, {"event_dim": 1})
@@ -299,9 +297,7 @@ def conditional_spline(
 ) -> Elementwise:
     """`spline` with parameters that a network reads off a context; two hidden layers of ``10 input_dim``."""
     hidden_dims = [10 * input_dim] * 2 if hidden_dims is None else hidden_dims
-    return spline(
-        input_dim, count_bins, bound, order, context_dim=context_dim, hidden_dims=hidden_dims, **options
-    )
+    return spline(input_dim, count_bins, bound, order, context_dim=context_dim, hidden_dims=hidden_dims, **options)
 
 
 def conditional_spline_autoregressive(
@@ -314,9 +310,7 @@ def conditional_spline_autoregressive(
     **options: Any,
 ) -> Autoregressive:
     """`spline_autoregressive` with a context."""
-    return spline_autoregressive(
-        input_dim, hidden_dims, count_bins, bound, order, context_dim=context_dim, **options
-    )
+    return spline_autoregressive(input_dim, hidden_dims, count_bins, bound, order, context_dim=context_dim, **options)
 
 
 def conditional_spline_coupling(

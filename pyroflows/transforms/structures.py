@@ -1,4 +1,4 @@
-"""Three ways to give a univariate map its parameters: each dimension its own, by coupling, autoregressively."""
+"""Three ways to give a univariate map its parameters: elementwise, by coupling, autoregressively."""
 
 from __future__ import annotations
 
@@ -67,9 +67,7 @@ class Elementwise(_Mapped):
             raise OptionError(f"event_dim must be 0 or 1, got {event_dim!r}.")
         if event_dim == 0:
             self.domain = self.codomain = constraints.real
-        self.declare_parameters(
-            hidden_dims=hidden_dims, activation=activation, raw=torch.zeros(input_dim, map.params)
-        )
+        self.declare_parameters(hidden_dims=hidden_dims, activation=activation, raw=torch.zeros(input_dim, map.params))
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The map of each coordinate."""
@@ -87,7 +85,7 @@ class Elementwise(_Mapped):
 class Coupling(_Mapped):
     r"""Some coordinates steer the others: :math:`y_a = x_a`, :math:`y_b = g(x_b; \theta(x_a, c))`.
 
-    Both directions are one pass of the network. With one coordinate nothing steers, and only the context does.
+    Both directions are one pass of the network. With one coordinate only the context steers.
 
     Args:
         map: the univariate map :math:`g`.
@@ -122,9 +120,7 @@ class Coupling(_Mapped):
         super().__init__(map, input_dim, context_dim)
         steers = [i < input_dim // 2 for i in range(input_dim)] if mask is None else [bool(m) for m in mask]
         if len(steers) != input_dim or all(steers):
-            raise OptionError(
-                f"mask must hold {input_dim} booleans, at least one of them False, got {steers}."
-            )
+            raise OptionError(f"mask must hold {input_dim} booleans, at least one of them False, got {steers}.")
         kept = [i for i, steer in enumerate(steers) if steer]
         moved = [i for i, steer in enumerate(steers) if not steer]
         self.register_buffer("kept", torch.tensor(kept, dtype=torch.long))
