@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 __all__ = [
@@ -64,7 +65,7 @@ class InverseNotConverged(PyroflowsError, RuntimeError):
         steps: how many steps were taken.
     """
 
-    def __init__(self, message: str, *, residual: float, count: int, steps: int) -> None:
+    def __init__(self, message: str, *, residual: float = math.nan, count: int = 0, steps: int = 0) -> None:
         super().__init__(message)
         self.residual, self.count, self.steps = residual, count, steps
 
@@ -152,7 +153,7 @@ class PluginLoadError(PluginError, ImportError):
         version: that package's version.
     """
 
-    def __init__(self, message: str, *, plugin: str, distribution: str, version: str) -> None:
+    def __init__(self, message: str, *, plugin: str = "", distribution: str = "", version: str = "") -> None:
         super().__init__(message)
         self.plugin, self.distribution, self.version = plugin, distribution, version
 
