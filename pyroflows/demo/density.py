@@ -158,5 +158,6 @@ def _corner_plot(penguins: Penguins, flow: pf.Flow, path: Path) -> None:
                 axis.set_ylabel(labels[i] if j == 0 and i > 0 else "")
                 if i == j:
                     axis.set_yticks([])
-        axes[0, 0].legend(loc="upper left", bbox_to_anchor=(1.05, 1.0), frameon=False)
+        legend = axes[0, 0].legend(loc="upper left", bbox_to_anchor=(1.05, 1.0), frameon=False)
+        legend.set_in_layout(False)
     figure.savefig(path, dpi=110)

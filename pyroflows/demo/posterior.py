@@ -42,8 +42,8 @@ def _flow_guide(flow: str) -> Callable[[], Any]:
 
 
 GUIDES: dict[str, Callable[[], Any]] = {
-    "AutoNormal": lambda: AutoNormal(eight_schools),
-    "AutoMultivariateNormal": lambda: AutoMultivariateNormal(eight_schools),
+    "AutoNormal": lambda: AutoNormal(eight_schools, init_scale=1.0),
+    "AutoMultivariateNormal": lambda: AutoMultivariateNormal(eight_schools, init_scale=1.0),
     "AutoIAFNormal (3 layers)": lambda: AutoIAFNormal(eight_schools, hidden_dim=[64, 64], num_transforms=3),
     "AutoFlow(flow='nsf')": _flow_guide("nsf"),
     "AutoFlow(flow='iaf')": _flow_guide("iaf"),

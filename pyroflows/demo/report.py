@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import time
 from collections.abc import Sequence
@@ -48,11 +49,9 @@ def run(output: Path = Path("demo-output"), quick: bool = False, progress: bool 
     Raises:
         ModuleNotFoundError: matplotlib is missing; it comes with ``pip install 'pyroflows[demo]'``.
     """
-    try:
-        import matplotlib.figure
-        import scipy.stats  # noqa: F401
-    except ModuleNotFoundError as error:
-        raise ModuleNotFoundError(f"the demo needs {error.name}: pip install 'pyroflows[demo]'") from error
+    for needed in ("matplotlib", "scipy"):
+        if importlib.util.find_spec(needed) is None:
+            raise ModuleNotFoundError(f"the demo needs {needed}: pip install 'pyroflows[demo]'")
     from pyroflows.demo.density import compare_densities
     from pyroflows.demo.posterior import LOG_EVIDENCE, compare_guides
 
@@ -63,9 +62,7 @@ def run(output: Path = Path("demo-output"), quick: bool = False, progress: bool 
     print(f"\n{table(densities)}\n\nMean log-likelihood of the held-out rows in nats; gain over the first row.\n")
     print("2. The posterior of centred eight schools: every guide takes the same number of steps.", flush=True)
     guides = compare_guides(output, steps=20 if quick else 2000, progress=progress)
-    print(
-        f"\n{table(guides)}\n\nLog evidence {LOG_EVIDENCE} nats; a k-hat below 0.7 means that the weights can be trusted.\n"
-    )
+    print(f"\n{table(guides)}\n\nLog evidence {LOG_EVIDENCE} nats. Weights can be trusted where k-hat < 0.7.\n")
     seconds = time.perf_counter() - started
     summary = {"densities": densities, "guides": guides, "log_evidence": LOG_EVIDENCE, "seconds": seconds}
     (output / "summary.json").write_text(json.dumps(summary, indent=1), encoding="utf-8")

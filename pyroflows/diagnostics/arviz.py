@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -48,7 +49,9 @@ def from_guide(
         >>> data.posterior["z"].shape
         (1, 10)
     """
-    import arviz  # four seconds: only when asked for
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # 0.x announces 1.x, which this function supports
+        import arviz  # four seconds: only when asked for
 
     plate = pyro.plate("_num_draws", num_samples, dim=-max_plate_nesting - 1)
     with torch.no_grad():
