@@ -39,12 +39,12 @@ def khat(log_weights: Tensor) -> float:
     """
     if log_weights.dim() != 1 or len(log_weights) < 25:
         raise OptionError(f"khat needs at least 25 log weights in one dimension, got {tuple(log_weights.shape)}.")
-    weights = log_weights.detach().double()
+    weights = log_weights.detach().cpu().double()
     if bool(torch.isnan(weights).any()) or bool((weights == torch.inf).any()):
         return math.inf
     weights = torch.exp(weights - weights.max())
     draws = len(weights)
-    count = min(draws // 5, math.ceil(3 * math.sqrt(draws)))
+    count = math.ceil(min(draws / 5, 3 * math.sqrt(draws)))
     tail = torch.sort(weights).values[-count - 1 :]
     excess = tail[1:] - tail[0]
     if float(excess[-1]) <= 1e-10 * float(tail[-1]):
@@ -52,9 +52,7 @@ def khat(log_weights: Tensor) -> float:
     excess = excess[excess > 0]
     if len(excess) < 5:
         return math.inf
-    k, _ = fit_generalized_pareto(excess)
-    # The small-sample prior of Vehtari et al.: ten observations at k = 0.5.
-    return float((k * len(excess) + 0.5 * 10) / (len(excess) + 10))
+    return float(fit_generalized_pareto(excess)[0])  # which has the prior of Vehtari et al., ten draws at 0.5
 
 
 class ImportanceSummary(NamedTuple):

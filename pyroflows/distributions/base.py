@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -24,6 +25,7 @@ class Base(nn.Module):
 
     Raises:
         OptionError: no tensor was given, so there is nothing that a device or dtype could be read from.
+        ValueError: a parameter lies outside of its constraint.
 
     Example:
         >>> base = Base(dist.StudentT, df=torch.tensor(3.0), loc=torch.zeros(2), scale=torch.ones(2))
@@ -35,13 +37,16 @@ class Base(nn.Module):
         super().__init__()
         if not parameters:
             raise OptionError("Base needs the distribution's parameters, as tensors by name.")
+        distribution(**parameters)  # checks them, once
+        quiet = "validate_args" in inspect.signature(distribution).parameters
+        self.options: dict[str, Any] = {"validate_args": False} if quiet else {}
         self.distribution, self.event_dim, self.names = distribution, event_dim, tuple(parameters)
         for name, value in parameters.items():
             self.register_buffer(name, value)
 
     def forward(self) -> dist.TorchDistribution:
         """The distribution."""
-        base = self.distribution(**{name: getattr(self, name) for name in self.names})
+        base = self.distribution(**{name: getattr(self, name) for name in self.names}, **self.options)
         return base.to_event(self.event_dim)
 
     def extra_repr(self) -> str:

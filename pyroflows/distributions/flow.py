@@ -154,8 +154,13 @@ class Flow(nn.Module):
         return self._support
 
     @property
+    def declared_support(self) -> constraints.Constraint | None:
+        """The constraint that was declared; ``None`` for all real vectors."""
+        return self._declared
+
+    @property
     def support_description(self) -> Any:
-        """The support in terms that JSON can hold; ``None`` if the data are unconstrained."""
+        """The declared support in terms that JSON can hold."""
         return describe(self._declared)
 
     def constrain(self, support: Support | None) -> None:
@@ -167,7 +172,7 @@ class Flow(nn.Module):
         constraint = as_constraint(support)
         parts: list[FlowTransform] = [self.learned, self.standardize]
         if constraint is not None:
-            to_support = Wrapped(biject_to(constraint))
+            to_support = Wrapped(biject_to(constraint), constraint)
             event_dim = len(self.event_shape)
             if to_support.forward_shape(self.event_shape) != self.event_shape and event_dim != 1:
                 raise OptionError(f"the support {constraint} changes the shape of a point.")

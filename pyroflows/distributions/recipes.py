@@ -195,6 +195,7 @@ def nsf(
         OptionError: an option has a value that it cannot take.
 
     Example:
+        >>> import torch
         >>> nsf(2, structure="autoregressive")().log_prob(torch.zeros(5, 2)).shape
         torch.Size([5])
     """
@@ -235,6 +236,7 @@ def realnvp(
         support: where the data live, if not on all real vectors.
 
     Example:
+        >>> import torch
         >>> realnvp(3)().log_prob(torch.zeros(5, 3)).shape
         torch.Size([5])
     """
@@ -266,6 +268,7 @@ def nice(
         support: where the data live, if not on all real vectors.
 
     Example:
+        >>> import torch
         >>> nice(3)().log_prob(torch.zeros(5, 3)).shape
         torch.Size([5])
     """

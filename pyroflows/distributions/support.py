@@ -36,7 +36,7 @@ def as_constraint(support: Support | None) -> constraints.Constraint | None:
 
     Example:
         >>> as_constraint(["positive", constraints.interval(0.0, 2.0)]).check(torch.tensor([3.0, 1.0]))
-        tensor(True)
+        tensor([True, True])
     """
     if support is None or isinstance(support, constraints.Constraint):
         plain = support is None or support is constraints.real or support is constraints.real_vector
@@ -46,7 +46,8 @@ def as_constraint(support: Support | None) -> constraints.Constraint | None:
             hint = f"; write constraints.{support}(...) for it" if support in _BOUNDED else ""
             raise OptionError(f"no support named {support!r}{hint}. Known names: {', '.join(_NAMED)}.")
         return as_constraint(_NAMED[support])
-    return constraints.stack([as_constraint(column) or constraints.real for column in support], dim=-1)
+    columns = [as_constraint(column) or constraints.real for column in support]
+    return constraints.cat(columns, dim=-1, lengths=[1] * len(columns))
 
 
 def _bound(value: Any) -> float | list[Any]:
@@ -68,7 +69,7 @@ def describe(constraint: constraints.Constraint | None) -> Any:
     for name, known in _NAMED.items():
         if constraint is known:
             return name
-    if isinstance(constraint, constraints.stack):
+    if isinstance(constraint, constraints.cat):
         return [describe(column) for column in constraint.cseq]
     if isinstance(constraint, constraints.independent):
         return describe(constraint.base_constraint)

@@ -61,7 +61,7 @@ def monotone_root(
         >>> root = monotone_root(lambda x: (x + torch.tanh(x), torch.log1p(1 - torch.tanh(x) ** 2)),
         ...                      torch.tensor([0.0, 3.0, -1e6]))
         >>> root.x
-        tensor([ 0.0000e+00,  2.0340e+00, -1.0000e+06])
+        tensor([ 0.0000e+00,  2.0337e+00, -1.0000e+06])
     """
     with torch.no_grad():
         x, residual, steps, failed = _search(f, y.detach(), start, max_steps, tol)
@@ -108,7 +108,8 @@ def _search(
         low = torch.where(gap >= 0, torch.maximum(low, x), low)
         high = torch.where(gap <= 0, torch.minimum(high, x), high)
         width = high - low
-        tight = width <= 2 * eps * torch.maximum(low.abs(), high.abs())
+        closed = torch.isfinite(width)
+        tight = closed & (width <= 2 * eps * torch.maximum(low.abs(), high.abs()))
         done = done | (best_gap <= accepted) | tight
         if bool(done.all()):
             break
@@ -120,7 +121,6 @@ def _search(
         # A bracket that spans orders of magnitude is halved in the exponent.
         wide = (low * high > 0) & (torch.maximum(low.abs(), high.abs()) > 4 * torch.minimum(low.abs(), high.abs()))
         middle = torch.where(wide, torch.sign(low) * torch.sqrt(low.abs()) * torch.sqrt(high.abs()), middle)
-        closed = torch.isfinite(width)
         good = (newton > low) & (newton < high) & ~(slow & closed)
         outward = x + torch.sign(gap) * reach
         far = ~closed & ((newton - x).abs() > reach)

@@ -42,7 +42,7 @@ def _as_tensor(value: Any, what: str) -> Tensor:
                 rows, columns = [index[0]], list(index[1:2])
                 where = f"row {index[0]}" + (f", column {index[1]}" if len(index) > 1 else "")
                 raise NotNumeric(
-                    f"{what} holds {type(entry).__name__} {str(entry)!r} at {where}; expected numbers.",
+                    f"{what} holds {type(entry).__name__.rstrip('_')} {str(entry)!r} at {where}; expected numbers.",
                     rows=rows,
                     columns=columns,
                 )
@@ -139,7 +139,7 @@ def check_context(value: Any, context_dim: int, rows: int, to: Tensor) -> Tensor
     return context
 
 
-def check_support(rows: Tensor, support: constraints.Constraint, unconstrained: Tensor) -> None:
+def check_support(rows: Tensor, support: constraints.Constraint, unconstrained: Tensor, name: object) -> None:
     """Checks that rows lie inside of a support, and that its bijection takes them to finite numbers.
 
     Raises:
@@ -150,7 +150,7 @@ def check_support(rows: Tensor, support: constraints.Constraint, unconstrained: 
     if not bool(inside.all()):
         at = (~inside).nonzero()[:, 0].tolist()
         raise OutsideSupport(
-            f"{len(at)} rows lie outside or on the edge of the support {support} (rows {_some(at)}; row {at[0]} is "
+            f"{len(at)} rows lie outside or on the edge of the support {name} (rows {_some(at)}; row {at[0]} is "
             f"{rows[at[0]].tolist()}). Move them inside, or declare another support.",
             rows=at[:100],
         )

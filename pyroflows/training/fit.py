@@ -130,11 +130,14 @@ def fit(
     """
     _check_options(flow, max_epochs, patience, batch_size, lr, clip_norm, standardize, on_nonfinite)
     like = next(iter(flow.parameters()))
-    (x, context), (held_x, held_context) = _split(flow, x, context, validation, like, seed)
-    if support is not None:
-        flow.constrain(support)
-    for rows in (x, held_x):
-        _check_inside(flow, rows)
+    declared = flow.declared_support
+    try:
+        if support is not None:
+            flow.constrain(support)
+        (x, context), (held_x, held_context) = _split(flow, x, context, validation, like, seed)
+    except Exception:
+        flow.constrain(declared)
+        raise
     if standardize is not None:
         _standardize(flow, x, context, standardize)
     flow.initialize(x[:10_000], None if context is None else context[:10_000])
@@ -226,6 +229,8 @@ def _split(flow: Flow, x: Any, context: Any, validation: Any, like: Tensor, seed
 
     def checked(x: Any, context: Any, what: str, min_rows: int | None = None) -> _Rows:
         rows = check_rows(x, width, like, min_rows=min_rows, what=what)
+        with torch.no_grad():
+            check_support(rows, flow.support, _unconstrained(flow, rows), flow.declared_support)
         if context is None:
             return rows, None
         return rows, check_context(context, flow.context_dim, len(rows), like)
@@ -254,11 +259,6 @@ def _unconstrained(flow: Flow, rows: Tensor) -> Tensor:
     for part in list(flow.transform)[:1:-1]:
         rows, _ = part.inverse_and_log_det(rows)
     return rows
-
-
-def _check_inside(flow: Flow, rows: Tensor) -> None:
-    with torch.no_grad():
-        check_support(rows, flow.support, _unconstrained(flow, rows))
 
 
 def _location_and_scale(rows: Tensor, how: str) -> tuple[Tensor, Tensor]:

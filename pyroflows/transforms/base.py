@@ -438,6 +438,7 @@ class Wrapped(FlowTransform):
 
     Args:
         transform: a bijective ``torch.distributions.Transform``.
+        codomain: where it leads, if the transform says less than that (as most of ``biject_to``'s do).
 
     Raises:
         OptionError: the transform is not bijective.
@@ -448,11 +449,12 @@ class Wrapped(FlowTransform):
         tensor([1., 1.])
     """
 
-    def __init__(self, transform: Transform) -> None:
+    def __init__(self, transform: Transform, codomain: constraints.Constraint | None = None) -> None:
         super().__init__()
         if not transform.bijective:
             raise OptionError(f"{transform!r} is not bijective, so it has no density.")
         self.transform = transform  # a submodule, if it is a module
+        self._codomain = codomain
         self.compiles = False
 
     @property
@@ -462,8 +464,8 @@ class Wrapped(FlowTransform):
 
     @property
     def codomain(self) -> constraints.Constraint:  # type: ignore[override]
-        """The codomain of the transform."""
-        return self.transform.codomain
+        """Where the transform leads."""
+        return self.transform.codomain if self._codomain is None else self._codomain
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The transform and its ``log_abs_det_jacobian``."""

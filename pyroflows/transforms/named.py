@@ -141,7 +141,7 @@ def additive_coupling(
 
     Example:
         >>> additive_coupling(4).forward_and_log_det(torch.zeros(4))[1]
-        tensor(0., grad_fn=<...>)
+        tensor(0.)
     """
     hidden_dims = [10 * input_dim] if hidden_dims is None else hidden_dims
     mask = _first(input_dim, split_dim)

@@ -1,0 +1,8 @@
+"""stub"""
+
+from pyroflows.testing.trial import Trial
+
+GUIDE_LAWS = ()
+
+
+class GuideTrial(Trial): ...

@@ -1,0 +1,260 @@
+"""The law of the memo: what is remembered between calls saves work and never shows."""
+
+from __future__ import annotations
+
+import copy
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import pyro.distributions as dist
+import torch
+from pyro.optim.clipped_adam import ClippedAdam
+from torch import Tensor, nn
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
+
+if TYPE_CHECKING:
+    from pyroflows.testing.trial import TransformTrial, Trial
+
+__all__ = ["memo", "never_stale"]
+
+Distribution = Callable[[Any], Any]
+
+
+def _step(optimizer: Callable[..., Any], **options: Any) -> Callable[[nn.Module], None]:
+    def step(module: nn.Module) -> None:
+        for parameter in module.parameters():
+            parameter.grad = torch.full_like(parameter, 0.5)
+        optimizer(list(module.parameters()), lr=0.1, **options).step()
+
+    return step
+
+
+def _write_data(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.data.mul_(1.25)
+
+
+def _replace_data(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        parameter.data = parameter.data * 0.75
+
+
+def _write_vector(module: nn.Module) -> None:
+    vector_to_parameters(parameters_to_vector(module.parameters()) * 1.1, module.parameters())
+
+
+def _load(module: nn.Module) -> None:
+    module.load_state_dict({k: v * 1.1 if v.is_floating_point() else v for k, v in module.state_dict().items()})
+
+
+def _replace_parameters(module: nn.Module) -> None:
+    for owner in list(module.modules()):
+        for name, parameter in list(owner._parameters.items()):
+            if parameter is not None:
+                setattr(owner, name, nn.Parameter(parameter.detach() * 1.1))
+
+
+def _write_through_numpy(module: nn.Module) -> None:
+    for parameter in module.parameters():
+        array = parameter.detach().cpu().numpy() if parameter.device.type == "cpu" else None
+        if array is not None:
+            array *= 1.1
+
+
+UPDATES: dict[str, Callable[[nn.Module], None]] = {
+    "Adam": _step(torch.optim.Adam, foreach=False),
+    "Adam(foreach=True)": _step(torch.optim.Adam, foreach=True),
+    "Adam(fused=True)": _step(torch.optim.Adam, fused=True),
+    "SGD": _step(torch.optim.SGD),
+    "SGD(fused=True)": _step(torch.optim.SGD, fused=True),
+    "ClippedAdam": _step(ClippedAdam),
+    "p.data.mul_": _write_data,
+    "p.data = ...": _replace_data,
+    "vector_to_parameters": _write_vector,
+    "load_state_dict": _load,
+    "new parameters": _replace_parameters,
+    "writing through numpy": _write_through_numpy,
+}
+"""Every way to change parameters; several of them move no version counter."""
+
+
+def _reverse(value: Tensor) -> Tensor:
+    return value.detach().flip(0).clone()
+
+
+def _assign(value: Tensor, new: Tensor) -> None:
+    value.data.copy_(new)
+
+
+def _assign_through_numpy(value: Tensor, new: Tensor) -> None:
+    if value.device.type == "cpu":
+        value.detach().numpy()[...] = new.numpy()
+    else:
+        value.data.copy_(new)
+
+
+def _nudge(value: Tensor) -> Tensor:
+    new = value.detach().clone()
+    new[:1] *= 1 + 1e-3
+    return new
+
+
+EDITS: dict[str, Callable[[Tensor], None]] = {
+    "adding in place": lambda value: value.detach().mul_(0.9),
+    "writing .data": lambda value: _assign(value, value.detach() * 0.9),
+    "shuffling rows in .data": lambda value: _assign(value, _reverse(value)),
+    "shuffling rows through numpy": lambda value: _assign_through_numpy(value, _reverse(value)),
+    "nudging one row through .data": lambda value: _assign(value, _nudge(value)),
+}
+"""Every way to change a tensor that the caller owns."""
+
+
+def never_stale(trial: Trial, module: nn.Module, distribution: Distribution, data: Tensor) -> None:
+    """Whatever changes the parameters or the tensors, a score is that of the present values.
+
+    Args:
+        trial: where to complain.
+        module: what holds the parameters.
+        distribution: from (a copy of) the module to its distribution.
+        data: points to score.
+    """
+
+    def truth(changed: nn.Module, value: Tensor) -> Tensor:
+        with torch.no_grad():
+            return distribution(copy.deepcopy(changed)).log_prob(value.detach().clone())
+
+    updates = UPDATES if any(p.requires_grad for p in module.parameters()) else {}
+    for name, update in updates.items():
+        m = copy.deepcopy(module)
+        d = distribution(m)
+        d.log_prob(data)
+        update(m)
+        trial.equal(f"log_prob of the same data after {name}", d.log_prob(data), truth(m, data))
+        for scored in (False, True):
+            kept = d.rsample()
+            if scored:
+                d.log_prob(kept)
+            update(m)
+            trial.equal(f"log_prob of a kept sample after {name}", d.log_prob(kept), truth(m, kept))
+
+    for name, edit in EDITS.items():
+        d = distribution(module)
+        for draw in ("sample", "rsample"):
+            value = getattr(d, draw)((64,))
+            edit(value)
+            trial.equal(f"log_prob after {draw} and {name}", d.log_prob(value), truth(module, value))
+        mine = data.clone()
+        d.log_prob(mine)
+        edit(mine)
+        trial.equal(f"log_prob of data after {name}", d.log_prob(mine), truth(module, mine))
+
+    m = copy.deepcopy(module)
+    d = distribution(m)
+    for _ in range(2):  # twice the same tensor, each time with a backward of its own
+        m.zero_grad(set_to_none=True)
+        total = d.log_prob(data).sum()
+        if total.requires_grad:
+            total.backward()
+
+    with torch.no_grad():
+        quiet = d.sample()
+    _same_gradients(trial, "a sample drawn without gradient", m, d, quiet, quiet.clone())
+    value = d.rsample()
+    _same_gradients(trial, "a differentiable sample", m, d, value, value.clone())
+
+
+def _same_gradients(trial: Trial, what: str, m: nn.Module, d: Any, value: Tensor, stranger: Tensor) -> None:
+    """The gradient of the score of a sample is that of a tensor that the layer has never seen."""
+    parameters = [p for p in m.parameters() if p.requires_grad]
+    if not parameters:
+        return
+    found = torch.autograd.grad(d.log_prob(value).sum(), parameters, allow_unused=True, retain_graph=True)
+    truth = torch.autograd.grad(d.log_prob(stranger).sum(), parameters, allow_unused=True, retain_graph=True)
+    for parameter, got, want in zip(parameters, found, truth, strict=True):
+        zero = torch.zeros_like(parameter)
+        got, want = zero if got is None else got, zero if want is None else want
+        error = float((got - want).abs().max())
+        unit = 1e-6 * (1 + float(want.abs().max()))
+        trial.require(error <= unit, f"the gradient of log_prob of {what} is off by {error:.3g}")
+
+
+def _count(module: Any, method: str) -> list[int]:
+    """Replaces a method of a module by one that counts its calls."""
+    calls, original = [0], getattr(module, method)
+
+    def counted(*arguments: Any) -> Any:
+        calls[0] += 1
+        return original(*arguments)
+
+    setattr(module, method, counted)
+    return calls
+
+
+def memo(trial: TransformTrial) -> None:
+    """After any change of parameters, context or points, a score is the new one; sampling then scoring costs no
+    inverse; gradients are complete; nothing outlives ``clear_cache``."""
+    if trial.dtype != torch.float64:
+        return
+    from pyroflows.testing.transform_laws import _has_other_domain
+
+    if _has_other_domain(trial.original):
+        return
+    x, y, context, _, _ = trial.probe
+    zero = torch.zeros(trial.event_shape, dtype=trial.dtype, device=trial.device)
+    base = dist.Normal(zero, torch.ones_like(zero)).to_event(trial.transform.domain.event_dim)
+
+    def distribution(t: Any) -> Any:
+        return dist.TransformedDistribution(base, [t if context is None else t.condition(context)])
+
+    never_stale(trial, trial.transform, distribution, y)
+    never_stale(trial, trial.transform, lambda t: distribution(t.inv), x)
+    _sampling_is_free(trial, distribution)
+    _layer_alone(trial, x, y, context)
+
+
+def _sampling_is_free(trial: TransformTrial, distribution: Distribution) -> None:
+    for backwards in (False, True):
+        t = copy.deepcopy(trial.transform)
+        d = distribution(t.inv if backwards else t)
+        counts = {method: _count(t, method) for method in ("forward_and_log_det", "inverse_and_log_det")}
+        for draw in ("sample", "rsample"):
+            for calls in counts.values():
+                calls[0] = 0
+            with torch.set_grad_enabled(draw == "rsample"):
+                d.log_prob(getattr(d, draw)())
+            used = {method: calls[0] for method, calls in counts.items()}
+            cheap = "inverse_and_log_det" if backwards else "forward_and_log_det"
+            side = ".inv" if backwards else "the layer"
+            trial.require(
+                sum(used.values()) == 1 and used[cheap] == 1,
+                f"{draw} and log_prob through {side} took {used}, not one call",
+            )
+
+
+def _layer_alone(trial: TransformTrial, x: Tensor, y: Tensor, context: Tensor | None) -> None:
+    t = copy.deepcopy(trial.transform)
+    at = t if context is None else t.condition(context)
+    point = x.clone()
+    image = at(point)
+    for name, edit in EDITS.items():
+        edit(point)
+        fresh = at.forward_and_log_det(point)
+        trial.equal(f"log_abs_det_jacobian(x, y) after {name} x", at.log_abs_det_jacobian(point, image), fresh[1])
+        image = at(point)
+        trial.equal(f"t(x) after {name} x", image, fresh[0])
+    if context is not None:
+        at(point)
+        context = context.clone()
+        at = t.condition(context)
+        image = at(point)
+        context.mul_(0.5)
+        back = t.inverse_and_log_det(image, context)[0]
+        trial.equal("the inverse after the context was changed in place", at.inv(image), back)
+    found = at.inv(y)
+    trial.equal("t(t.inv(y)) for data y", at(found.clone()), at.forward_and_log_det(found)[0])
+    image = at(x.clone())
+    ghost = weakref.ref(image)
+    at.clear_cache()
+    del image
+    trial.require(ghost() is None, "clear_cache keeps a tensor alive")
