@@ -24,8 +24,11 @@ COVERED_test := demo test
 COVERED_docs := demo docs
 COVERED_dev := demo test docs dev
 
-# One worker a core and one thread a worker: more threads than cores slow each other down.
-PYTEST := OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 $(PY) -m pytest -n auto --maxprocesses 8
+# One thread a process: the tensors are small, and threads that wait for a core that another process holds can make
+# a step fifty times slower.
+export OMP_NUM_THREADS ?= 1
+export MKL_NUM_THREADS ?= 1
+PYTEST := $(PY) -m pytest -n auto --maxprocesses 8
 
 .DEFAULT_GOAL := help
 .NOTPARALLEL:

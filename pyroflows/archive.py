@@ -81,14 +81,21 @@ class Manifest:
     sha256: str = ""
 
     def __post_init__(self) -> None:
-        words = (self.group, self.name, self.distribution, self.version, self.pyroflows, self.torch)
-        # A word is no path, no address and no control sequence of a terminal.
-        sound = all(isinstance(word, str) and re.fullmatch(r"[\w.+!?-]*", word) for word in words)
-        sound &= self.group in plugins.GROUPS[:2]
-        sound &= all(type(size) is int and size >= 0 for size in (*self.shape, self.context_dim, self.format))
-        kinds = ((self.options, dict), (self.training, bool), (self.frozen, tuple), (self.sha256, str))
-        if not sound or not all(isinstance(value, kind) for value, kind in kinds):
-            raise ValueError("a field of the manifest is of the wrong type")
+        words = ("name", "distribution", "version", "pyroflows", "torch")
+        sizes = (*self.shape, self.context_dim)
+        sound = {
+            "group": self.group in plugins.GROUPS[:2],
+            **{word: _is_word(getattr(self, word)) for word in words},
+            "input_dim or context_dim": all(type(size) is int and size >= 0 for size in sizes),
+            "options": isinstance(self.options, dict) and _plain(self.options),
+            "support": _plain(self.support),
+            "training": isinstance(self.training, bool),
+            "frozen": isinstance(self.frozen, tuple) and all(isinstance(name, str) for name in self.frozen),
+            "format": type(self.format) is int and self.format == _FORMAT,
+            "sha256": isinstance(self.sha256, str),
+        }
+        if wrong := [name for name, fine in sound.items() if not fine]:
+            raise ValueError(f"{wrong[0]} is of the wrong kind")
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -219,7 +226,7 @@ def import_param_store(path: str | os.PathLike[str], *, trust: bool = False) -> 
     except OSError:
         raise
     except Exception as error:
-        raise ArchiveCorrupt(f"{path} holds no param store of Pyro: {error!r}") from error
+        raise ArchiveCorrupt(f"{path} holds no param store of Pyro: {_line(error)}.") from error
 
 
 # --- writing ---------------------------------------------------------------------------------------------
@@ -253,7 +260,7 @@ def _pack(obj: Any) -> bytes:
     except Exception as error:
         raise NotRebuildable(
             f"this {kind} is not what its name and options build, so no file can say how to build it again: "
-            f"register what you changed as a plugin, or keep its state_dict() yourself. {error}"
+            f"register what you changed as a plugin, or keep its state_dict() yourself. {_line(error)}."
         ) from error
 
 
@@ -294,8 +301,8 @@ def _reading(path: str | os.PathLike[str]) -> Iterator[Any]:
             yield file
     except SafetensorError as error:
         raise ArchiveCorrupt(
-            f"{path} is no pyroflows archive, or is damaged: {error}. A param store of Pyro or another pickle is "
-            "read by pyroflows.archive.import_param_store."
+            f"{path} is no pyroflows archive, or is damaged: {_line(error)}. (A file of Pyro's param store is read "
+            "by pyroflows.archive.import_param_store.)"
         ) from error
 
 
@@ -310,7 +317,7 @@ def _parse(metadata: Mapping[str, str] | None, path: Any) -> Manifest:
         newer = fields["format"] > _FORMAT
         manifest = None if newer else Manifest(**{**_tuples(fields), "support": fields["support"]})
     except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ArchiveCorrupt(f"{path} has a damaged manifest: {error}.") from error
+        raise ArchiveCorrupt(f"{path} has a damaged manifest: {_line(error)}.") from error
     if manifest is None:
         raise ArchiveTooNew(
             f"{path} is of format {fields['format']!r}, and pyroflows {__version__} reads up to format {_FORMAT}: "
@@ -332,15 +339,24 @@ def _tuples(value: Any) -> Any:
     return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
-def _plain(value: Any, most: float = math.inf) -> bool:
+def _is_word(value: Any) -> bool:
+    """Whether it is a name or version: no path, no address, nothing that a terminal would obey."""
+    return isinstance(value, str) and re.fullmatch(r"[\w.+!?-]*", value) is not None
+
+
+def _plain(value: Any, most: float = math.inf, depth: int = 16) -> bool:
     """Whether a file can hold it: text, lists, dicts, finite numbers, and whole ones of at most ``most``."""
-    if isinstance(value, dict):
-        return all(isinstance(key, str) and _plain(item, most) for key, item in value.items())
-    if isinstance(value, (list, tuple)):
-        return all(_plain(item, most) for item in value)
+    if isinstance(value, (dict, list, tuple)):
+        keys, items = (value.keys(), value.values()) if isinstance(value, dict) else ((), value)
+        return depth > 0 and all(isinstance(k, str) for k in keys) and all(_plain(i, most, depth - 1) for i in items)
     if isinstance(value, float):
         return math.isfinite(value)
     return value is None or isinstance(value, str) or (isinstance(value, int) and abs(value) <= most)
+
+
+def _line(error: Exception) -> str:
+    """An error's text on one line; a file cannot have it print anything else."""
+    return "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))[:400].rstrip(".")
 
 
 # --- rebuilding ------------------------------------------------------------------------------------------
@@ -391,7 +407,9 @@ def _build(manifest: Manifest, tensors: Mapping[str, Tensor], path: Any) -> Any:
     except PluginError:
         raise
     except Exception as error:
-        raise ArchiveMismatch(f"{path} holds what {manifest} does not build: {error}") from error
+        here = {info.version for info in plugins.report(manifest.group) if info.address == manifest.address}
+        also = "" if manifest.version in here else f" Installed is {', '.join(here)}, which may be why."
+        raise ArchiveMismatch(f"{path} holds what {manifest} does not build: {_line(error)}.{also}") from error
     return obj
 
 

@@ -129,6 +129,7 @@ def build(name, dtype, context_dim, support):
 
 def reply(folder):
     """What the new process runs."""
+    torch.set_num_threads(1)
     for file in sorted(Path(folder).glob("*.flow")):
         obj = pf.load(file)
         assert not obj.training
@@ -138,12 +139,15 @@ def reply(folder):
 @pytest.fixture(scope="module")
 def replies(tmp_path_factory):
     folder, expected = tmp_path_factory.mktemp("archives"), {}
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # so that sums are taken in the same order, however busy the machine is
     for case in CASES:
         if obj := build(*case):
             pf.save(obj, folder / f"{'-'.join(map(str, case))}.flow")
             expected[case] = behaviour(obj)
-    code = f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import test_archive as t; t.reply({str(folder)!r})"
-    subprocess.run([sys.executable, "-c", code], check=True, timeout=900)
+    torch.set_num_threads(threads)
+    code = "import sys; sys.path.insert(0, sys.argv[1]); import test_archive; test_archive.reply(sys.argv[2])"
+    subprocess.run([sys.executable, "-c", code, str(Path(__file__).parent), str(folder)], check=True, timeout=900)
     return {case: (expected[case], folder / f"{'-'.join(map(str, case))}.reply") for case in expected}
 
 
@@ -358,7 +362,7 @@ def test_overwrite_and_missing_folders(small, tmp_path):
     pf.save(layer, tmp_path / "new", overwrite=False)
     with pytest.raises(FileNotFoundError, match="create it first"):
         pf.save(layer, tmp_path / "no" / "where")
-    with pytest.raises(OSError, match="folder|directory"):
+    with pytest.raises(OSError, match=r"folder|directory"):
         pf.save(layer, tmp_path)
     assert {file.name for file in tmp_path.iterdir()} == {small.name, "new"}
     for wrong in (tmp_path / "absent", tmp_path):
@@ -416,10 +420,11 @@ import sys
 import pyroflows as pf
 small, *others = sys.argv[1:]
 pf.load(small)  # from here on nothing is imported any more
-seen, watching = [], [True]
-harmless = {"object.__getattr__", "object.__setattr__", "sys._getframe", "code.__new__"}
+seen, watching = [], [1]
+modules = ("import", "exec", "compile", "pickle.", "marshal.", "code.")
+system = ("open", "os.", "subprocess.", "socket.", "ctypes.dlopen", "shutil.", "tempfile.", "urllib.", "http.")
 def watch(event, args):
-    if not watching[0] or event in harmless or event.startswith(("builtins.id", "gc.", "cpython.", "os.scandir", "os.listdir")):
+    if not watching or not event.startswith(modules + system):
         return
     if event == "open" and isinstance(args[1], str) and not set(args[1]) & set("wax+"):
         return
@@ -434,7 +439,7 @@ for other in others:
         except pf.errors.ArchiveError:
             continue
         raise AssertionError
-watching[0] = False
+watching.clear()
 assert not seen, seen
 """
     arguments = [sys.executable, "-c", code, str(small), str(evil), str(tmp_path / "evil2")]
@@ -549,7 +554,7 @@ def test_S4_a_missing_plugin_is_named(install, path):
     put()
     pf.save(pf.transform("acme_layer", input_dim=3), path)
     take()
-    with pytest.raises(errors.UnknownPlugin, match='"acme_layer" of acme 1.0.*not installed.*install it') as caught:
+    with pytest.raises(errors.UnknownPlugin, match=r'"acme_layer" of acme 1.0.*not installed.*install it') as caught:
         pf.load(path)
     assert isinstance(caught.value.__cause__, errors.UnknownPlugin)
     assert archive.inspect(path).address == "acme:acme_layer"
@@ -562,7 +567,7 @@ def test_S4_a_shadowed_plugin_is_refused(install, path):
     take()
     put(package="other", module="other_for_archives")
     assert pf.transform("acme_layer", input_dim=3).config.distribution == "other"
-    with pytest.raises(errors.UnknownPlugin, match="of acme 1.0.* of other is another"):
+    with pytest.raises(errors.UnknownPlugin, match=r"of acme 1.0.* of other is another"):
         pf.load(path)
 
 
@@ -674,7 +679,7 @@ def tied(flow):
 def test_an_altered_flow_is_refused_when_it_is_saved(path, alter):
     flow = pf.flow("realnvp", input_dim=2)
     alter(flow)
-    with pytest.raises(errors.NotRebuildable, match="not what its name and options build.*state_dict"):
+    with pytest.raises(errors.NotRebuildable, match=r"not what its name and options build.*state_dict"):
         pf.save(flow, path)
     assert not path.exists()
 
@@ -836,6 +841,10 @@ def test_S5_a_key_that_is_there_twice_is_refused(small):
         pf.load(small)
 
 
+def deep(levels):
+    return [deep(levels - 1)] if levels else 1
+
+
 WRONG_TYPES = [
     *({key: value} for key in ("group", "name", "distribution", "version", "torch") for value in (1, None, [], {})),
     *({"input_dim": value} for value in (1.0, True, "2", None, {}, -1, [2, "2"], [[2]], [True])),
@@ -843,7 +852,20 @@ WRONG_TYPES = [
     *({"options": value} for value in (1, None, [], "x")),
     *({"training": value} for value in (1, None, "True")),
     *({"frozen": value} for value in (1, None, "x", {})),
+    {"support": {"interval": {"lower_bound": float("nan"), "upper_bound": 1.0}}},
+    {"support": {"interval": {"lower_bound": 0.0, "upper_bound": float("inf")}}},
+    {"support": {"greater_than": {"lower_bound": [float("nan"), 0.0]}}},
+    {"options": {"bound": float("nan")}, "name": "nsf"},
+    {"frozen": [1]},
+    {"frozen": [[]]},
     {"unheard_of": 1},
+    {"\x1b[2J": 1},
+    {"options": {"a": deep(20)}},
+    {"options": {"a": deep(300)}},
+    {"support": deep(900)},
+    {"format": 0},
+    {"format": -1},
+    {"format": True},
     {"group": "pyroflows.guides", "name": "autoflow"},
     {"group": "console_scripts"},
     {"name": "os.system/x"},
@@ -854,7 +876,7 @@ WRONG_TYPES = [
 ]
 
 
-@pytest.mark.parametrize("changes", WRONG_TYPES, ids=str)
+@pytest.mark.parametrize("changes", WRONG_TYPES, ids=lambda changes: ascii(changes)[:60])
 def test_S5_a_field_of_the_wrong_type_is_refused(small, changes):
     forged(small, **changes)
     with pytest.raises(errors.ArchiveCorrupt, match="manifest") as caught:
@@ -867,7 +889,7 @@ def test_S5_a_missing_field_is_refused(small, key):
     manifest, tensors = opened(small)
     del manifest[key]
     save_file(tensors, small, {"pyroflows": json.dumps(manifest)})
-    with pytest.raises(errors.ArchiveCorrupt, match="manifest|checksum"):
+    with pytest.raises(errors.ArchiveCorrupt, match=r"manifest|checksum"):
         pf.load(small)
 
 
@@ -880,7 +902,7 @@ def test_S5_a_wrong_checksum_is_refused(small):
         {"options": {**manifest["options"], "linear": True}},
     ):
         save_file(tensors, small, {"pyroflows": json.dumps({**manifest, **changed})})
-        with pytest.raises(errors.ArchiveCorrupt, match="checksum|manifest"):
+        with pytest.raises(errors.ArchiveCorrupt, match=r"checksum|manifest"):
             pf.load(small)
     first = next(name for name, t in tensors.items() if t.is_floating_point())
     for changed in (
@@ -913,7 +935,7 @@ def test_S5_a_newer_format_says_upgrade(small, version):
 
 def test_S5_a_truncated_file_is_refused(small):
     whole = small.read_bytes()
-    for end in {*range(0, 64), *range(64, len(whole), 97), len(whole) - 1}:
+    for end in {*range(64), *range(64, len(whole), 97), len(whole) - 1}:
         small.write_bytes(whole[:end])
         with pytest.raises(errors.ArchiveCorrupt):
             pf.load(small)
@@ -1014,26 +1036,20 @@ REFUSED = [
     {"context_dim": 1},
     {"name": "maf"},
     {"frozen": ["no.such"]},
-    {"frozen": [1]},
-    {"frozen": [[]]},
     {"support": "os.system"},
     {"support": 1},
     {"support": {"interval": {"lower_bound": "x", "upper_bound": 1.0}}},
     {"support": {"interval": {"lower_bound": 0.0, "upper_bound": None}}},
     {"support": {"interval": {"lower_bound": [[0.0], ["x"]], "upper_bound": 1.0}}},
     {"support": {"interval": {"lower_bound": 0.0}}},
-    {"support": {"interval": {"lower_bound": float("nan"), "upper_bound": 1.0}}},
-    {"support": {"interval": {"lower_bound": 0.0, "upper_bound": float("inf")}}},
-    {"support": {"greater_than": {"lower_bound": [float("nan"), 0.0]}}},
     {"support": {"__class__": {}}},
-    {"options": {"bound": float("nan")}, "name": "nsf"},
 ]
 
 
 @pytest.mark.parametrize("changes", REFUSED, ids=str)
 def test_S5_a_manifest_that_its_tensors_contradict_is_refused(small, changes):
     forged(small, **changes)
-    with pytest.raises(errors.ArchiveMismatch, match="flow.safetensors"):
+    with pytest.raises(errors.ArchiveMismatch, match=r"flow.safetensors"):
         pf.load(small)
 
 
@@ -1069,6 +1085,19 @@ def test_S5_an_index_out_of_range_is_an_error_and_no_crash(small):
     forged(small, {**tensors, "learned.transforms.0.kept": torch.tensor([10**12])})
     with pytest.raises((IndexError, RuntimeError)):
         pf.load(small)().log_prob(torch.zeros(1, 2))
+
+
+def test_S5_an_error_prints_nothing_that_a_terminal_obeys(small):
+    forged(small, {**opened(small)[1], "\x1b[2J\n": torch.zeros(1)})
+    with pytest.raises(errors.ArchiveMismatch) as caught:
+        pf.load(small)
+    assert str(caught.value).isprintable()
+
+
+def test_S5_another_version_of_the_package_is_named(small):
+    forged(small, version="0.0.7", options={"unheard_of": 1})
+    with pytest.raises(errors.ArchiveMismatch, match=rf"pyroflows 0\.0\.7 .*Installed is {pf.__version__}"):
+        pf.load(small)
 
 
 def test_S5_a_plugins_own_failure_is_chained(install, path):
