@@ -75,10 +75,10 @@ class Manifest:
     support: Any
     training: bool
     frozen: tuple[str, ...]
-    pyroflows: str = __version__
-    torch: str = str(torch.__version__)
-    format: int = _FORMAT
-    sha256: str = ""
+    pyroflows: str
+    torch: str
+    format: int
+    sha256: str
 
     def __post_init__(self) -> None:
         words = ("name", "distribution", "version", "pyroflows", "torch")
@@ -233,6 +233,7 @@ def import_param_store(path: str | os.PathLike[str], *, trust: bool = False) -> 
 
 
 def _pack(obj: Any) -> bytes:
+    obj = getattr(obj, "_orig_mod", obj)  # what torch.compile wraps
     kind, config = type(obj).__name__, getattr(obj, "config", None)
     if not isinstance(config, plugins.Config) or not isinstance(obj, nn.Module):
         raise NotRebuildable(
@@ -240,14 +241,26 @@ def _pack(obj: Any) -> bytes:
             "pf.flow(name, ...) or pf.transform(name, ...), or keep its state_dict() yourself."
         )
     options, support = _options(obj, config), getattr(obj, "support_description", None)
+    _check_options({**options, "support": support})
     try:
         state, _ = _state(obj)
-        frozen = tuple(name for name, tensor in state.items() if _frozen(tensor))
         tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
-        name = config.name.rpartition(":")[2]
-        origin = (config.group, name, config.distribution, config.version)
-        sizes = (config.input_dim, config.context_dim)
-        manifest = Manifest(*origin, *sizes, options, support, obj.training, frozen)
+        manifest = Manifest(
+            group=config.group,
+            name=config.name.rpartition(":")[2],
+            distribution=config.distribution,
+            version=config.version,
+            input_dim=config.input_dim,
+            context_dim=config.context_dim,
+            options=options,
+            support=support,
+            training=obj.training,
+            frozen=tuple(name for name, tensor in state.items() if _frozen(tensor)),
+            pyroflows=__version__,
+            torch=str(torch.__version__),
+            format=_FORMAT,
+            sha256="",
+        )
         text = json.dumps(asdict(replace(manifest, sha256=manifest.digest(tensors))))
         # Whatever is saved can be loaded, because saving does it: what comes back is compared with what went in.
         again = _modules(_build(_parse({_KEY: text}, kind), tensors, kind))
@@ -267,13 +280,17 @@ def _pack(obj: Any) -> bytes:
 def _options(obj: Any, config: plugins.Config) -> dict[str, Any]:
     """The options in force: those given, and the defaults, which another version may have changed."""
     options = dict(config.options)
+    factory = plugins.get(config.group, config.address)
     with suppress(TypeError, ValueError):  # no signature to read
-        factory = plugins.get(config.group, config.address)
-        for name, parameter in introspection.signature(factory).parameters.items():
+        for name, parameter in [*introspection.signature(factory).parameters.items()][1:]:
             if name != "context_dim" and _plain(parameter.default, _ROOM):
                 options.setdefault(name, parameter.default)
     if hasattr(obj, "support_description"):  # which tells it better: it also knows flow.constrain(...)
         options.pop("support", None)
+    return options
+
+
+def _check_options(options: Mapping[str, Any]) -> None:
     for name, value in options.items():
         if not _plain(value):
             hint = "pass finite numbers, strings, or lists of them"
@@ -282,7 +299,6 @@ def _options(obj: Any, config: plugins.Config) -> dict[str, Any]:
             elif isinstance(value, (type, nn.Module)):
                 hint = f'pass it by name, as in {name}="silu"'
             raise NotRebuildable(f"no file can hold the option {name}, a {type(value).__name__}: {hint}.")
-    return options
 
 
 def _modules(obj: nn.Module) -> dict[str, str]:

@@ -486,7 +486,13 @@ def build(group: str, name: str, subject: Any, /, **options: Any) -> Any:
         subject = _shape(subject)
         options["context_dim"] = _whole("context_dim", options.get("context_dim", 0), least=0)
     _check_options(entry, factory, options)
-    built = factory(subject, **options)
+    try:
+        built = factory(subject, **options)
+    except TypeError as error:  # an option that the factory passes on, and nobody knows
+        unknown = re.search(r"unexpected keyword argument '(\w+)'", str(error))
+        if unknown is None or unknown[1] not in options:
+            raise
+        raise OptionError(f"the {kind.noun} {name!r} has no option {unknown[1]!r} ({error}).") from error
     if missing := [need for need in kind.needs if not hasattr(built, need)]:
         breach = f"it built {type(built).__name__} without {', '.join(missing)}; a {kind.noun} has "
         breach += f'{", ".join(kind.needs)}. See pyroflows.testing.{kind.law}("{entry.shown}")'

@@ -1,11 +1,13 @@
 """Save and load: rules S1 to S6 of saving safely, then what a file keeps."""
 
 import ast
+import dataclasses
 import hashlib
 import json
 import os
 import pickle
 import random
+import re
 import subprocess
 import sys
 import zipfile
@@ -623,6 +625,31 @@ def test_a_tensor_as_an_option_names_the_list_to_pass(path):
     assert pf.load(path).permutation.tolist() == [1, 0]
 
 
+def test_a_compiled_flow_is_saved_as_what_it_is(path):
+    flow = pf.flow("realnvp", input_dim=2)
+    pf.save(torch.compile(flow, backend="eager"), path)
+    same(behaviour(pf.load(path)), behaviour(flow))
+
+
+def test_the_page_about_saving_is_right(tmp_path):
+    page = (PACKAGE.parent / "docs" / "saving.md").read_text()
+    blocks = re.findall(r"```python\n(.*?)```", page, re.S)
+    assert len(blocks) >= 3
+    start = "import pyro, torch\nimport pyroflows as pf\npyro.param('scale', torch.ones(2))\n"
+    start += "pyro.get_param_store().save('old_model.pt')\n"
+    subprocess.run([sys.executable, "-c", start + "\n".join(blocks)], check=True, cwd=tmp_path, timeout=300)
+    for field in dataclasses.fields(archive.Manifest):
+        assert f"`{field.name}`" in page
+
+
+@pytest.mark.parametrize("bound", [float("nan"), float("inf")])
+def test_a_support_with_an_endless_bound_is_refused(path, bound):
+    flow = pf.flow("nsf", input_dim=2)
+    flow.constrain(constraints.interval(0.0, bound))
+    with pytest.raises(errors.NotRebuildable, match=r"option support.*finite"):
+        pf.save(flow, path)
+
+
 def test_a_support_that_no_file_can_name(path):
     flow = pf.flow("nsf", input_dim=2, support=dist.constraints.softplus_positive)
     with pytest.raises(errors.NotRebuildable, match="support"):
@@ -884,12 +911,12 @@ def test_S5_a_field_of_the_wrong_type_is_refused(small, changes):
     assert str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize("key", ["group", "options", "support", "frozen", "sha256", "format"])
+@pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(archive.Manifest)])
 def test_S5_a_missing_field_is_refused(small, key):
     manifest, tensors = opened(small)
     del manifest[key]
     save_file(tensors, small, {"pyroflows": json.dumps(manifest)})
-    with pytest.raises(errors.ArchiveCorrupt, match=r"manifest|checksum"):
+    with pytest.raises(errors.ArchiveCorrupt, match="manifest"):
         pf.load(small)
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from pyroflows.errors import OptionError
-from pyroflows.nets.mlp import MLP, Activation
+from pyroflows.nets.mlp import MLP, Activation, check_widths
 
 __all__ = ["MADE"]
 
@@ -52,6 +52,7 @@ class MADE(MLP):
         activation: Activation = "relu",
         residual: bool = False,
     ) -> None:
+        hidden_dims = check_widths(hidden_dims)
         ranks = list(range(input_dim)) if order is None else [int(rank) for rank in order]
         if sorted(ranks) != list(range(input_dim)):
             raise OptionError(f"order must be a permutation of 0 .. {input_dim - 1}, got {ranks}.")

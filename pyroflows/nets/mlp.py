@@ -53,6 +53,25 @@ def activation_module(activation: Activation) -> nn.Module:
     return module
 
 
+def _within_reach(x: Tensor) -> Tensor:
+    """The input, held at 1e8 (in half precision at 256) so that no weight of ordinary size can overflow."""
+    bound = min(1e8, math.sqrt(torch.finfo(x.dtype).max))
+    return x.clamp(-bound, bound)
+
+
+def check_widths(hidden_dims: Sequence[int]) -> tuple[int, ...]:
+    """The hidden widths as a tuple.
+
+    Raises:
+        OptionError: they are not a sequence of positive integers.
+    """
+    if isinstance(hidden_dims, int):
+        raise OptionError(f"hidden_dims must be a sequence of widths, such as ({hidden_dims},), got {hidden_dims}.")
+    if any(not isinstance(width, int) or width < 1 for width in hidden_dims):
+        raise OptionError(f"hidden_dims must be positive integers, got {tuple(hidden_dims)}.")
+    return tuple(hidden_dims)
+
+
 class _Linear(nn.Module):
     """An affine map of the input, of the context, or of both; masked where a mask is given."""
 
@@ -84,6 +103,8 @@ class _Linear(nn.Module):
 
 class MLP(nn.Module):
     r"""A multilayer perceptron :math:`(x, c) \mapsto W_n \phi(\ldots \phi(W_1 x + C c + b_1)) + b_n`.
+
+    An input beyond 1e8 counts as 1e8, so that the output stays finite for every finite input.
 
     The last layer starts at a hundredth of its usual size with no bias, so that a layer that is the identity
     for parameters of zero starts close to it.
@@ -117,9 +138,7 @@ class MLP(nn.Module):
         masks: Sequence[Tensor] | None = None,
     ) -> None:
         super().__init__()
-        hidden_dims = tuple(hidden_dims)
-        if any(not isinstance(width, int) or width < 1 for width in hidden_dims):
-            raise OptionError(f"hidden_dims must be positive integers, got {hidden_dims}.")
+        hidden_dims = check_widths(hidden_dims)
         if residual and len(set(hidden_dims)) > 1:
             raise OptionError(f"residual=True needs equal hidden_dims, got {hidden_dims}.")
         self.in_features, self.out_features, self.context_dim = in_features, out_features, context_dim
@@ -149,7 +168,9 @@ class MLP(nn.Module):
             if (0 if tensor is None else tensor.shape[-1]) != width:
                 got = "none" if tensor is None else f"shape {tuple(tensor.shape)}"
                 raise ShapeError(f"expected {name} of width {width}, got {got}.")
-        hidden = self.layers[0](x, context)
+        hidden = self.layers[0](
+            None if x is None else _within_reach(x), None if context is None else _within_reach(context)
+        )
         for number, layer in enumerate(self.layers[1:]):
             active = self.activation(hidden)
             last = number == len(self.layers) - 2

@@ -11,20 +11,21 @@ value needs clamping. Positions are measured from the nearer end of a bin where 
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-from pyroflows.numerics.scales import positive
+from pyroflows.numerics.scales import bounded_log_scale
 
 __all__ = ["linear_rational", "rational_quadratic"]
 
 MIN_BIN = 1e-3
 """The smallest bin width and height, as a share of the box."""
-MIN_SLOPE = 1e-3
-"""The smallest slope at a knot."""
+MAX_LOG_SLOPE = math.log(1e3)
+"""The slope at a knot lies between its inverse exponential and its exponential, a thousandth and a thousand."""
 
 
 class _Bin(NamedTuple):
@@ -63,8 +64,8 @@ def _find_bin(value: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, bo
 
     width, left, height, bottom = (at(table, index) for table in (width, left, height, bottom))
     padded = pad(slopes, (1, 1))  # a raw slope of 0 is the slope 1 of the tails
-    slope_0 = positive(at(padded, index), MIN_SLOPE)
-    slope_1 = positive(at(padded, index + 1), MIN_SLOPE)
+    slope_0 = torch.exp(bounded_log_scale(at(padded, index), MAX_LOG_SLOPE))
+    slope_1 = torch.exp(bounded_log_scale(at(padded, index + 1), MAX_LOG_SLOPE))
     if inverse:
         offset, start, size = (value - bottom) / height, left, width
     else:
