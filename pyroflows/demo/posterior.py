@@ -13,7 +13,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoIAFNormal, AutoMultivariateNormal, AutoNormal
 from torch import Tensor
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 import pyroflows as pf
 from pyroflows.diagnostics import from_guide, importance_summary
@@ -55,7 +55,7 @@ def _train(guide: Any, name: str, steps: int, progress: bool) -> float:
     loss = Trace_ELBO(num_particles=32, vectorize_particles=True, max_plate_nesting=1)
     svi = SVI(eight_schools, guide, pyro.optim.ClippedAdam(decay), loss)
     started = time.perf_counter()
-    with tqdm(total=steps, desc=name, unit="step", disable=not progress) as bar:
+    with tqdm(total=steps, desc=name, unit="step", mininterval=0.5, disable=not progress) as bar:
         for step in range(steps):
             value = svi.step(EFFECT, SPREAD)
             bar.update()

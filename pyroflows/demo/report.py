@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 __all__ = ["run", "table"]
 
 
@@ -52,6 +54,15 @@ def run(output: Path = Path("demo-output"), quick: bool = False, progress: bool 
     for needed in ("matplotlib", "scipy"):
         if importlib.util.find_spec(needed) is None:
             raise ModuleNotFoundError(f"the demo needs {needed}: pip install 'pyroflows[demo]'")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # matrices this small are slower on two
+    try:
+        return _run(Path(output), quick, progress)
+    finally:
+        torch.set_num_threads(threads)
+
+
+def _run(output: Path, quick: bool, progress: bool) -> dict[str, Any]:
     from pyroflows.demo.density import compare_densities
     from pyroflows.demo.posterior import LOG_EVIDENCE, compare_guides
 

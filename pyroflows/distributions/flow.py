@@ -167,15 +167,18 @@ class Flow(nn.Module):
         """Declares where the data live; ``None`` is all of the real vectors.
 
         Raises:
-            OptionError: the constraint has no bijection, or one to another shape.
+            OptionError: the constraint has no bijection, or names another number of columns.
         """
         constraint = as_constraint(support)
         parts: list[FlowTransform] = [self.learned, self.standardize]
         if constraint is not None:
-            to_support = Wrapped(biject_to(constraint), constraint)
-            event_dim = len(self.event_shape)
-            if to_support.forward_shape(self.event_shape) != self.event_shape and event_dim != 1:
-                raise OptionError(f"the support {constraint} changes the shape of a point.")
+            try:
+                to_support = Wrapped(biject_to(constraint), constraint)
+            except NotImplementedError as error:
+                raise OptionError(f"no bijection onto the support {constraint} is known to torch.") from error
+            columns = sum(getattr(constraint, "lengths", ())) or self.input_dim
+            if columns != self.input_dim:
+                raise OptionError(f"the support names {columns} columns and the flow has {self.input_dim}.")
             parts.append(to_support)
         self._declared = constraint
         self.transform = Compose(parts)

@@ -32,15 +32,16 @@ def as_constraint(support: Support | None) -> constraints.Constraint | None:
     """The constraint that a user named; ``None`` for all real vectors.
 
     Raises:
-        OptionError: a name is unknown, or takes bounds.
+        OptionError: a name is unknown, or takes bounds, or a bound is out of order.
 
     Example:
         >>> as_constraint(["positive", constraints.interval(0.0, 2.0)]).check(torch.tensor([3.0, 1.0]))
         tensor([True, True])
     """
-    if support is None or isinstance(support, constraints.Constraint):
-        plain = support is None or support is constraints.real or support is constraints.real_vector
-        return None if plain else support
+    if support is None or support is constraints.real or support is constraints.real_vector:
+        return None
+    if isinstance(support, constraints.Constraint):
+        return _with_plain_bounds(support)
     if isinstance(support, str):
         if support not in _NAMED:
             hint = f"; write constraints.{support}(...) for it" if support in _BOUNDED else ""
@@ -50,8 +51,19 @@ def as_constraint(support: Support | None) -> constraints.Constraint | None:
     return constraints.cat(columns, dim=-1, lengths=[1] * len(columns))
 
 
-def _bound(value: Any) -> float | list[Any]:
-    return value.tolist() if isinstance(value, torch.Tensor) else float(value)
+def _with_plain_bounds(constraint: constraints.Constraint) -> constraints.Constraint:
+    """The constraint with bounds that are numbers, one for each column where a bound is a vector."""
+    kind, names = next((entry for entry in _BOUNDED.values() if type(constraint) is entry[0]), (None, ()))
+    if kind is None:
+        return constraint
+    bounds = torch.broadcast_tensors(*(torch.as_tensor(getattr(constraint, name)).double() for name in names))
+    if bounds[0].dim() > 1 or not all(torch.isfinite(bound).all() for bound in bounds):
+        raise OptionError(f"the bounds of {constraint} must be finite numbers, or one for each column.")
+    if len(bounds) == 2 and not bool((bounds[0] < bounds[1]).all()):
+        raise OptionError(f"the lower bound of {constraint} is not below the upper one.")
+    if bounds[0].dim() == 0:
+        return kind(*(float(bound) for bound in bounds))
+    return as_constraint([kind(*row) for row in zip(*(bound.tolist() for bound in bounds), strict=True)])  # type: ignore[return-value]
 
 
 def describe(constraint: constraints.Constraint | None) -> Any:
@@ -67,7 +79,7 @@ def describe(constraint: constraints.Constraint | None) -> Any:
     if constraint is None:
         return None
     for name, known in _NAMED.items():
-        if constraint is known:
+        if type(constraint) is type(known) and vars(constraint) == vars(known):  # a copy is as good
             return name
     if isinstance(constraint, constraints.cat):
         return [describe(column) for column in constraint.cseq]
@@ -75,7 +87,7 @@ def describe(constraint: constraints.Constraint | None) -> Any:
         return describe(constraint.base_constraint)
     for name, (kind, bounds) in _BOUNDED.items():
         if type(constraint) is kind:
-            return {name: {bound: _bound(getattr(constraint, bound)) for bound in bounds}}
+            return {name: {bound: float(getattr(constraint, bound)) for bound in bounds}}
     raise NotRebuildable(
         f"a file cannot name the support {constraint!r}. It can name {', '.join([*_NAMED, *_BOUNDED])}."
     )
@@ -100,8 +112,6 @@ def restore(description: Any) -> Support | None:
     if isinstance(description, Mapping) and len(description) == 1:
         [(name, bounds)] = description.items()
         if name in _BOUNDED and isinstance(bounds, Mapping) and set(bounds) == set(_BOUNDED[name][1]):
-            values = {
-                key: torch.tensor(value) if isinstance(value, list) else float(value) for key, value in bounds.items()
-            }
+            values = {key: float(value) for key, value in bounds.items()}
             return _BOUNDED[name][0](**values)
     raise ArchiveCorrupt(f"the archive names an unknown support: {description!r}.")

@@ -10,7 +10,6 @@ from math import log
 from typing import Any
 
 import torch
-from torch import nn
 
 from pyroflows import plugins
 from pyroflows.distributions import Flow
@@ -317,7 +316,7 @@ def _run(
                     for trial in make(case, drawn, rebuild, report):
                         own = TRANSFORM_LAWS if isinstance(trial, TransformTrial) else DISTRIBUTION_LAWS
                         for law in wanted:
-                            alone = law.extent == "layer" and trial.dtype != dtypes[-1]
+                            alone = law.extent in ("layer", "moderate") and trial.dtype != dtypes[-1]
                             if law in own and law.extent in extent and not alone:
                                 _try(law, trial)
         return _verdict(report)
@@ -328,9 +327,11 @@ def _draws(scales: Sequence[float], whole: bool, new: bool) -> Iterator[tuple[tu
     if new:
         yield ("start",), 0.0
     typical = min(scales, key=lambda scale: abs(log(scale)) if scale else -1.0)
+    moderate = max((scale for scale in scales if scale <= 0.5), default=min(scales))
     for scale in scales:
-        extent = ("draw", "shape") if scale == typical else ("draw",)
-        yield (*extent, "layer") if whole and scale == typical else extent, scale
+        extents = {"draw": True, "shape": scale == typical, "layer": scale == typical and whole}
+        extents["moderate"] = scale == moderate
+        yield tuple(name for name, due in extents.items() if due), scale
 
 
 def _sizes(
@@ -392,5 +393,3 @@ def _select(known: Sequence[Law], names: Sequence[str] | None) -> list[Law]:
             raise OptionError(f"no law {name!r}; the laws are {', '.join(law.name for law in known)}.")
     return [law for law in known if names is None or law.name in names]
 
-
-_ = nn

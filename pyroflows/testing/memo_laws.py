@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pyro.distributions as dist
 import torch
@@ -13,10 +13,9 @@ from pyro.optim.clipped_adam import ClippedAdam
 from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
-if TYPE_CHECKING:
-    from pyroflows.testing.trial import TransformTrial, Trial
+from pyroflows.testing.trial import TransformTrial, Trial, is_real
 
-__all__ = ["memo", "never_stale"]
+__all__ = ["count_calls", "memo", "never_stale"]
 
 Distribution = Callable[[Any], Any]
 
@@ -153,8 +152,7 @@ def never_stale(trial: Trial, module: nn.Module, distribution: Distribution, dat
     d = distribution(m)
     for _ in range(2):  # twice the same tensor, each time with a backward of its own
         m.zero_grad(set_to_none=True)
-        total = d.log_prob(data).sum()
-        if total.requires_grad:
+        if (total := d.log_prob(data).sum()).requires_grad:
             total.backward()
 
     with torch.no_grad():
@@ -167,19 +165,20 @@ def never_stale(trial: Trial, module: nn.Module, distribution: Distribution, dat
 def _same_gradients(trial: Trial, what: str, m: nn.Module, d: Any, value: Tensor, stranger: Tensor) -> None:
     """The gradient of the score of a sample is that of a tensor that the layer has never seen."""
     parameters = [p for p in m.parameters() if p.requires_grad]
-    if not parameters:
-        return
-    found = torch.autograd.grad(d.log_prob(value).sum(), parameters, allow_unused=True, retain_graph=True)
-    truth = torch.autograd.grad(d.log_prob(stranger).sum(), parameters, allow_unused=True, retain_graph=True)
-    for parameter, got, want in zip(parameters, found, truth, strict=True):
-        zero = torch.zeros_like(parameter)
-        got, want = zero if got is None else got, zero if want is None else want
-        error = float((got - want).abs().max())
-        unit = 1e-6 * (1 + float(want.abs().max()))
-        trial.require(error <= unit, f"the gradient of log_prob of {what} is off by {error:.3g}")
+    found, truth = (_gradients(d.log_prob(v).sum(), parameters) for v in (value, stranger))
+    for got, want in zip(found, truth, strict=True):
+        error, allowed = float((got - want).abs().max()), 1e-6 * (1 + float(want.abs().max()))
+        trial.require(error <= allowed, f"the gradient of log_prob of {what} is off by {error:.3g}")
 
 
-def _count(module: Any, method: str) -> list[int]:
+def _gradients(total: Tensor, parameters: list[nn.Parameter]) -> list[Tensor]:
+    if not total.requires_grad:
+        return [torch.zeros_like(p) for p in parameters]
+    grads = torch.autograd.grad(total, parameters, allow_unused=True, retain_graph=True)
+    return [torch.zeros_like(p) if g is None else g for p, g in zip(parameters, grads, strict=True)]
+
+
+def count_calls(module: Any, method: str) -> list[int]:
     """Replaces a method of a module by one that counts its calls."""
     calls, original = [0], getattr(module, method)
 
@@ -193,12 +192,11 @@ def _count(module: Any, method: str) -> list[int]:
 
 def memo(trial: TransformTrial) -> None:
     """After any change of parameters, context or points, a score is the new one; sampling then scoring costs no
-    inverse; gradients are complete; nothing outlives ``clear_cache``."""
+    inverse; gradients are complete; nothing outlives ``clear_cache``.
+    """
     if trial.dtype != torch.float64:
         return
-    from pyroflows.testing.transform_laws import _has_other_domain
-
-    if _has_other_domain(trial.original):
+    if not is_real(trial.original.domain):
         return
     x, y, context, _, _ = trial.probe
     zero = torch.zeros(trial.event_shape, dtype=trial.dtype, device=trial.device)
@@ -217,7 +215,7 @@ def _sampling_is_free(trial: TransformTrial, distribution: Distribution) -> None
     for backwards in (False, True):
         t = copy.deepcopy(trial.transform)
         d = distribution(t.inv if backwards else t)
-        counts = {method: _count(t, method) for method in ("forward_and_log_det", "inverse_and_log_det")}
+        counts = {method: count_calls(t, method) for method in ("forward_and_log_det", "inverse_and_log_det")}
         for draw in ("sample", "rsample"):
             for calls in counts.values():
                 calls[0] = 0

@@ -11,18 +11,22 @@ are the errors that layer :math:`k` adds going forth and coming back, in units o
 is the sum over :math:`k` of :math:`|J_n \cdots J_{k+1}|` or :math:`|J_1^{-1} \cdots J_k^{-1}|` times these, and a
 log-det is off by its gradient times them. No matrix of absolute values is multiplied with another, so a chain
 that undoes itself is not charged twice.
+
+The first order knows only the slope at the point. Where the slope changes within the rounding error itself, as at the
+edge of a nearly flat bin, `widen` replaces it by how far the exact result moves when the argument does.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from pyroflows.transforms import Compose, Conditioned, FlowTransform, Inverse
 
-__all__ = ["Rounding", "links", "measure"]
+__all__ = ["Rounding", "links", "measure", "widen"]
 
 
 @dataclass
@@ -54,9 +58,6 @@ class Rounding:
     of_log_det: Tensor
     of_inverse_log_det: Tensor
     of_slogdet: Tensor
-
-    def __getitem__(self, rows: slice) -> Rounding:
-        return Rounding(**{field.name: getattr(self, field.name)[rows] for field in fields(self)})
 
 
 def links(transform: FlowTransform) -> list[FlowTransform]:
@@ -145,4 +146,74 @@ def measure(transform: FlowTransform, x: Tensor, context: Tensor | None = None) 
         of_log_det=of_log_det,
         of_inverse_log_det=of_inverse,
         of_slogdet=torch.stack(sensitivity).sum(0),
+    )
+
+
+Direction = Callable[[Tensor], tuple[Tensor, Tensor]]
+
+
+def _moved(run: Direction, point: Tensor, by: Tensor) -> tuple[Tensor, Tensor]:
+    """How far the result and the log-det move, ``[n, *event]`` and ``[n]``, when the argument moves either way."""
+    with torch.no_grad():
+        here, log_det = run(point)
+        steps, changes = torch.zeros_like(here), torch.zeros_like(log_det.reshape(len(point), -1).sum(-1))
+        odd = torch.arange(point[0].numel(), device=point.device).reshape(point.shape[1:]) % 2 == 1
+        for way in (by, -by, torch.where(odd, by, -by), torch.where(odd, -by, by)):
+            there, changed = run(point + way)
+            steps = torch.maximum(steps, (there - here).abs().nan_to_num(torch.inf))
+            change = (changed - log_det).reshape(len(point), -1).sum(-1).abs()
+            changes = torch.maximum(changes, change.nan_to_num(torch.inf))
+    return steps, changes
+
+
+def widen(
+    transform: FlowTransform,
+    x: Tensor,
+    y: Tensor,
+    context: Tensor | None,
+    there: Rounding,
+    back: Rounding,
+    unit: float,
+) -> tuple[Rounding, Rounding]:
+    """The rounding at ``x`` and at the points that map to ``y``, at least what arguments off by ``unit`` explain.
+
+    Args:
+        transform: the transform in float64.
+        x: points ``[n, *event]``.
+        y: other points on the other side.
+        context: ``[n, context_dim]``.
+        there: what `measure` says at ``x``.
+        back: what it says at the inverse of ``y``.
+        unit: the relative error of one computation.
+    """
+    wide = None if context is None else context.double()
+    x, y = x.double(), y.double()
+
+    def forward(point: Tensor) -> tuple[Tensor, Tensor]:
+        return transform.forward_and_log_det(point, wide)
+
+    def inverse(point: Tensor) -> tuple[Tensor, Tensor]:
+        return transform.inverse_and_log_det(point, wide)
+
+    def most(known: Tensor, moved: Tensor) -> Tensor:
+        return torch.maximum(known, moved.reshape(len(known), -1).amax(-1) / unit)
+
+    image_step, log_det_step = _moved(forward, x, unit * (1 + x.abs()))
+    round_step, _ = _moved(inverse, there.y, image_step + unit * (1 + there.y.abs()))
+    found_step, inverse_step = _moved(inverse, y, unit * (1 + y.abs()))
+    away = inverse(y + unit * (1 + y.abs()))[0].detach()
+    return_step, _ = _moved(forward, away, unit * (1 + away.abs()))
+    return (
+        replace(
+            there,
+            to_y=most(there.to_y, image_step),
+            of_log_det=most(there.of_log_det, log_det_step),
+            round_x=most(there.round_x, round_step),
+        ),
+        replace(
+            back,
+            to_x=most(back.to_x, found_step),
+            of_inverse_log_det=most(back.of_inverse_log_det, inverse_step),
+            round_y=most(back.round_y, return_step),
+        ),
     )

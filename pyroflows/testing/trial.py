@@ -19,16 +19,17 @@ from torch import Tensor, nn
 from torch.distributions import Transform, biject_to, constraints
 
 from pyroflows.testing.report import Report
-from pyroflows.testing.rounding import Rounding, measure
+from pyroflows.testing.rounding import Rounding, measure, widen
 from pyroflows.transforms import FlowTransform
 
 __all__ = [
     "Broken",
     "Case",
     "Law",
-    "Trial",
     "TransformTrial",
+    "Trial",
     "held_tensors",
+    "is_real",
     "isolated",
     "perturb",
     "same_function",
@@ -40,7 +41,7 @@ LOG_DET = {torch.float64: 1e-8, torch.float32: 1e-3}
 """Allowed absolute error of a log-det."""
 ROWS = {torch.float64: 1e-10, torch.float32: 1e-6}
 """Allowed change of a row by the rows beside it."""
-ROUNDINGS = 100
+ROUNDINGS = 50
 """How many machine epsilons one unit of `rounding` stands for: a network is not one operation."""
 NO_DIGIT = 0.03
 """If rounding alone may be off by more, the number says nothing and is skipped."""
@@ -320,7 +321,7 @@ class TransformTrial(Trial):
         """Random points ``[*batch, *event]`` of the domain, or with ``side="y"`` of the codomain."""
         constraint = self.transform.domain if side == "x" else self.transform.codomain
         shape = torch.Size((*batch, *(self.event_shape if side == "x" else self.y_event_shape)))
-        if _is_real(constraint):
+        if is_real(constraint):
             return self.random(*shape) * spread
         to_domain = biject_to(constraint)
         points = to_domain(self.random(*to_domain.inverse_shape(shape)).double() * spread)
@@ -342,28 +343,32 @@ class TransformTrial(Trial):
     @property
     def probe(self) -> tuple[Tensor, Tensor, Tensor | None, Rounding, Rounding]:
         """Points ``x`` and ``y`` that have nothing to do with each other, contexts, and the rounding at both."""
-        if "probe" not in self.shared:
-            generator, self.generator = self.generator, self.case.generator("probe")
-            dtype, self.dtype = self.dtype, torch.float32
-            half = ROWS_OF_A_PROBE // 2
-            x, context = self.points(2 * half), self.contexts(2 * half)
-            y = self.points(half, side="y")
-            pushed, _ = self.exact.forward_and_log_det(
-                self.points(half).double(), None if context is None else context[half:].double()
-            )
-            y = torch.cat([y, pushed.detach().float()])
-            self.generator, self.dtype = generator, dtype
-            wide = None if context is None else context.double()
-            found = self.exact.inverse_and_log_det(y.double(), wide)[0].detach()
-            there = measure(self.exact, x.double(), wide)
-            back = measure(self.exact, found, wide)
-            self.shared["probe"] = (x, y, context, there, back)
-        x, y, context, there, back = self.shared["probe"]
+        if "points" not in self.shared:
+            self.shared["points"] = self._draw_probe()
+        x, y, context, *_ = self.shared["points"]
+        if self.dtype not in self.shared:
+            unit = ROUNDINGS * torch.finfo(self.dtype).eps
+            self.shared[self.dtype] = widen(self.exact, *self.shared["points"], unit)
         cast = None if context is None else context.to(self.dtype)
-        return x.to(self.dtype), y.to(self.dtype), cast, there, back
+        return x.to(self.dtype), y.to(self.dtype), cast, *self.shared[self.dtype]
+
+    def _draw_probe(self) -> tuple[Tensor, Tensor, Tensor | None, Rounding, Rounding]:
+        draw = TransformTrial(
+            self.case, self.original, self.rebuild, torch.float32, self.report, event_shape=self.event_shape
+        )
+        draw.generator = self.case.generator("probe")
+        half = ROWS_OF_A_PROBE // 2
+        x, context = draw.points(2 * half), draw.contexts(2 * half)
+        wide = None if context is None else context.double()
+        # Half of the y lie anywhere, half where the map puts points.
+        there = draw.points(half).double(), None if wide is None else wide[half:]
+        y = torch.cat([draw.points(half, side="y"), self.exact.forward_and_log_det(*there)[0].detach().float()])
+        found = self.exact.inverse_and_log_det(y.double(), wide)[0].detach()
+        return x, y, context, measure(self.exact, x.double(), wide), measure(self.exact, found, wide)
 
 
-def _is_real(constraint: constraints.Constraint) -> bool:
+def is_real(constraint: constraints.Constraint) -> bool:
+    """Whether a constraint allows every real number."""
     base = constraint
     while isinstance(base, constraints.independent):
         base = base.base_constraint

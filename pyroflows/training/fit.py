@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from pyroflows.distributions import Flow
 from pyroflows.distributions.support import Support
@@ -48,7 +48,7 @@ class FitResult:
 
     @property
     def train(self) -> float:
-        """Mean log-likelihood of the training rows in the best epoch, in nats a row (while it was trained)."""
+        """Mean log-likelihood of the training rows during the best epoch, in nats a row; NaN for epoch 0."""
         return self.history["train"][self.best_epoch]
 
     @property
@@ -57,9 +57,10 @@ class FitResult:
         return self.history["validation"][self.best_epoch]
 
     def __str__(self) -> str:
+        train = f" (train {self.train:.4f})" if self.best_epoch else ""
         return (
-            f"validation log-likelihood {self.validation:.4f} nats a row (train {self.train:.4f}) at epoch "
-            f"{self.best_epoch} of {len(self.history['epoch'])}, stopped by {self.stopped} after {self.seconds:.1f} s"
+            f"validation log-likelihood {self.validation:.4f} nats a row{train} at epoch {self.best_epoch} of "
+            f"{len(self.history['epoch']) - 1}, stopped by {self.stopped} after {self.seconds:.1f} s"
         )
 
 
@@ -151,7 +152,7 @@ def fit(
     shuffle = torch.Generator().manual_seed(_seed(seed))
     was_training = flow.training
     stopped, started = "epochs", time.perf_counter()
-    bar = tqdm(total=max_epochs, disable=not progress, desc="fit", unit="epoch")
+    bar = tqdm(total=max_epochs, disable=not progress, desc="fit", unit="epoch", mininterval=0.5)
     try:
         run.record(0.0, held_x, held_context, adam, started)  # the starting weights may be the best
         for epoch in range(1, max_epochs + 1):
@@ -225,7 +226,7 @@ def _split(flow: Flow, x: Any, context: Any, validation: Any, like: Tensor, seed
     if (context is None) != (flow.context_dim == 0):
         expected = f"[rows, {flow.context_dim}]" if flow.context_dim else "none"
         raise ContextError(f"expected a context of shape {expected}, got {'none' if context is None else 'one'}.")
-    width = flow.input_dim
+    width = flow.transform.forward_shape(flow.event_shape)[-1]  # a simplex has one column more
 
     def checked(x: Any, context: Any, what: str, min_rows: int | None = None) -> _Rows:
         rows = check_rows(x, width, like, min_rows=min_rows, what=what)

@@ -319,17 +319,8 @@ class Inverse(FlowTransform):
     def __init__(self, transform: FlowTransform) -> None:
         super().__init__(transform.context_dim)
         self.transform = transform
+        self.domain, self.codomain = transform.codomain, transform.domain
         self._claim_as(transform)
-
-    @property
-    def domain(self) -> constraints.Constraint:  # type: ignore[override]
-        """The codomain of the transform that is inverted."""
-        return self.transform.codomain
-
-    @property
-    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
-        """The domain of the transform that is inverted."""
-        return self.transform.domain
 
     @property
     def inv(self) -> FlowTransform:
@@ -396,17 +387,8 @@ class Conditioned(FlowTransform):
         super().__init__()
         self.transform = transform
         self.register_buffer("context", context, persistent=False)
+        self.domain, self.codomain = transform.domain, transform.codomain
         self._claim_as(transform)
-
-    @property
-    def domain(self) -> constraints.Constraint:  # type: ignore[override]
-        """The domain of the transform."""
-        return self.transform.domain
-
-    @property
-    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
-        """The codomain of the transform."""
-        return self.transform.codomain
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The transform at the fixed context."""
@@ -454,18 +436,9 @@ class Wrapped(FlowTransform):
         if not transform.bijective:
             raise OptionError(f"{transform!r} is not bijective, so it has no density.")
         self.transform = transform  # a submodule, if it is a module
-        self._codomain = codomain
+        self.domain = transform.domain
+        self.codomain = transform.codomain if codomain is None else codomain
         self.compiles = False
-
-    @property
-    def domain(self) -> constraints.Constraint:  # type: ignore[override]
-        """The domain of the transform."""
-        return self.transform.domain
-
-    @property
-    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
-        """Where the transform leads."""
-        return self.transform.codomain if self._codomain is None else self._codomain
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The transform and its ``log_abs_det_jacobian``."""
@@ -554,6 +527,9 @@ class Compose(FlowTransform):
             )
         super().__init__(max(widths, default=0))
         self.transforms = nn.ModuleList(parts)
+        event_dim = max(max(part.domain.event_dim, part.codomain.event_dim) for part in parts)
+        self.domain = _raised(parts[0].domain, event_dim)
+        self.codomain = _raised(parts[-1].codomain, event_dim)
         self._claim_as(*parts)
 
     def __len__(self) -> int:
@@ -565,23 +541,8 @@ class Compose(FlowTransform):
     def __getitem__(self, index: int) -> FlowTransform:
         return self.transforms[index]  # type: ignore[return-value]
 
-    @property
-    def _event_dim(self) -> int:
-        return max(max(part.domain.event_dim, part.codomain.event_dim) for part in self)
-
-    @property
-    def domain(self) -> constraints.Constraint:  # type: ignore[override]
-        """The domain of the first part, at the event dimension of the largest."""
-        return _raised(self[0].domain, self._event_dim)
-
-    @property
-    def codomain(self) -> constraints.Constraint:  # type: ignore[override]
-        """The codomain of the last part, at the event dimension of the largest."""
-        return _raised(self[-1].codomain, self._event_dim)
-
     def _total(self, terms: Iterable[tuple[FlowTransform, Tensor]]) -> Tensor:
-        event_dim = self._event_dim
-        return sum(sum_last(term, event_dim - part.domain.event_dim) for part, term in terms)  # type: ignore[return-value]
+        return sum(sum_last(term, self.event_dim - part.domain.event_dim) for part, term in terms)  # type: ignore[return-value]
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The parts in turn, their log-dets added."""
