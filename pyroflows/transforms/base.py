@@ -46,7 +46,6 @@ class _Memo(NamedTuple):
     log_det: Tensor
     by_forward: bool
     with_grad: bool
-    versions: tuple[int, int]
     values: tuple[tuple[bool, Tensor], ...]
 
 
@@ -68,12 +67,13 @@ class FlowTransform(TransformModule, ConditionalTransform):
     of the parameters. Everything that Pyro and torch expect of a transform follows: call, ``.inv``,
     ``log_abs_det_jacobian(x, y)``, ``condition(context)``, caching, shapes. Forward is base to data.
 
-    The last pair is remembered, so that scoring a sample costs no inverse: what one direction gave is mapped
-    back for free, and its log-det is known. It answers only for those very tensors, and only while they and
-    every parameter and buffer still have the values that it was computed from. So a stale number is never
-    returned, whatever optimizer changed the parameters, and a tensor of the caller's (data) is never a key.
-    As with any cached transform of torch, the ``x`` that comes back for a sample ``y`` is the tensor that
-    ``y`` was computed from; for a gradient with respect to ``y``, score ``y.detach().requires_grad_()``.
+    The last pair is remembered (until ``clear_cache()``), so that scoring a sample costs no inverse: what one
+    direction gave is mapped back for free, and its log-det is known. The memory answers only for those very
+    tensors, and only while they and every parameter and buffer still have the values that it was computed
+    from. So a stale number is never returned, whatever optimizer changed the parameters, and a tensor of the
+    caller's (data) is never a key. As with any cached transform of torch, the ``x`` that comes back for a
+    sample ``y`` is the tensor that ``y`` was computed from; for a gradient with respect to ``y``, score
+    ``y.detach().requires_grad_()``.
 
     Args:
         context_dim: the width of the context, 0 for an unconditional transform.
@@ -271,20 +271,18 @@ class FlowTransform(TransformModule, ConditionalTransform):
 
     # --- the memo ---------------------------------------------------------------------------------------
 
-    def _values(self, x: Tensor, y: Tensor, keep: Callable[[Tensor], Tensor]) -> tuple[tuple[bool, Tensor], ...]:
-        """What a pair depends on; parameters and buffers in full, the pair itself by its sums."""
-        tensors = [(t.requires_grad, t.detach().sum()) for t in (x, y)]
+    def _depends_on(self, x: Tensor, y: Tensor) -> Iterator[tuple[bool, Tensor]]:
+        """All that a pair depends on, the pair itself included: its owner may write into it."""
+        yield from ((t.requires_grad, t.detach()) for t in (x, y))
         for module in self.modules():
             for t in itertools.chain(module._parameters.values(), module._buffers.values()):
                 if t is not None:
-                    tensors.append((t.requires_grad, keep(t.detach())))
-        return tuple(tensors)
+                    yield t.requires_grad, t.detach()
 
     def _remember(self, x: Tensor, y: Tensor, log_det: Tensor, *, by_forward: bool) -> None:
-        if _memo_is_off() or y.is_meta or y.is_inference() or x.is_inference():
-            return
-        versions, values = (x._version, y._version), self._values(x, y, Tensor.clone)
-        self._memo = _Memo(x, y, log_det, by_forward, torch.is_grad_enabled(), versions, values)
+        if not _memo_is_off() and not y.is_meta:
+            values = tuple((grad, value.clone()) for grad, value in self._depends_on(x, y))
+            self._memo = _Memo(x, y, log_det, by_forward, torch.is_grad_enabled(), values)
 
     def _recall(self, *, x: Tensor | None = None, y: Tensor | None = None) -> _Memo | None:
         memo = self._memo
@@ -294,9 +292,7 @@ class FlowTransform(TransformModule, ConditionalTransform):
             return None  # only a result of ours is mapped back, never a tensor of the caller's
         if torch.is_grad_enabled() and not memo.with_grad:
             return None  # it was computed without a graph, and one is wanted now
-        if (memo.x._version, memo.y._version) != memo.versions:
-            return None
-        now = self._values(memo.x, memo.y, lambda value: value)
+        now = tuple(self._depends_on(memo.x, memo.y))
         return memo if len(now) == len(memo.values) and all(map(_same, now, memo.values)) else None
 
     def __getstate__(self) -> dict[str, Any]:
