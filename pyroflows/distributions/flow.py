@@ -70,6 +70,7 @@ class Standardize(FlowTransform):
         tensor([4., 6.])
     """
 
+    sign = 1
     loc: Tensor
     scale: Tensor
 

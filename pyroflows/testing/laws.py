@@ -18,7 +18,7 @@ from pyroflows.testing.distribution_laws import DISTRIBUTION_LAWS, FlowTrial
 from pyroflows.testing.guide_laws import GUIDE_LAWS, GuideTrial
 from pyroflows.testing.report import Report
 from pyroflows.testing.transform_laws import TRANSFORM_LAWS
-from pyroflows.testing.trial import Broken, Case, Law, TransformTrial, Trial, isolated, perturb
+from pyroflows.testing.trial import MANY, Broken, Case, Law, TransformTrial, Trial, isolated, perturb
 from pyroflows.transforms import FlowTransform
 
 __all__ = [
@@ -37,8 +37,9 @@ DTYPES = (torch.float32, torch.float64)
 DECLINES = (OptionError, ShapeError, ContextError)
 SHARE = 0.5
 """The share of the numbers of a law that must have digits left, over a whole run."""
-MANY = 200
-"""Below so many numbers a share says nothing."""
+
+MODERATE = 0.2
+"""The largest scale at which a density is put on a grid; beyond, it soon is too narrow for any."""
 
 
 def check_transform(
@@ -309,15 +310,18 @@ def _run(
             for subject, input_dim, context_dim in sizes:
                 rebuild = source.anew(options, input_dim, context_dim)
                 for extent, scale in _draws(scales, input_dim == middle, source.built is None):
+                    due = [law for law in wanted if law.extent in extent]
+                    if not due:
+                        continue
+                    report.draws += 1
                     case = Case(source.check, source.label, options, input_dim, context_dim, scale, seed)
                     drawn = copy.deepcopy(subject)
                     perturb(drawn, scale, case.generator("parameters"))
-                    report.draws += 1
                     for trial in make(case, drawn, rebuild, report):
                         own = TRANSFORM_LAWS if isinstance(trial, TransformTrial) else DISTRIBUTION_LAWS
-                        for law in wanted:
+                        for law in due:
                             alone = law.extent in ("layer", "moderate") and trial.dtype != dtypes[-1]
-                            if law in own and law.extent in extent and not alone:
+                            if law in own and not alone:
                                 _try(law, trial)
         return _verdict(report)
 
@@ -327,10 +331,9 @@ def _draws(scales: Sequence[float], whole: bool, new: bool) -> Iterator[tuple[tu
     if new:
         yield ("start",), 0.0
     typical = min(scales, key=lambda scale: abs(log(scale)) if scale else -1.0)
-    moderate = max((scale for scale in scales if scale <= 0.5), default=min(scales))
+    yield ("moderate",), min(MODERATE, *scales)
     for scale in scales:
         extents = {"draw": True, "shape": scale == typical, "layer": scale == typical and whole}
-        extents["moderate"] = scale == moderate
         yield tuple(name for name, due in extents.items() if due), scale
 
 

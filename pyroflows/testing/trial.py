@@ -45,6 +45,8 @@ ROUNDINGS = 50
 """How many machine epsilons one unit of `rounding` stands for: a network is not one operation."""
 NO_DIGIT = 0.03
 """If rounding alone may be off by more, the number says nothing and is skipped."""
+MANY = 200
+"""Below so many numbers, the share of those that were skipped says nothing."""
 ROWS_OF_A_PROBE = 16
 
 
@@ -162,11 +164,6 @@ def held_tensors(module: nn.Module) -> list[Tensor]:
     return found
 
 
-def equal(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors hold the same numbers, NaN included, in the same shape."""
-    return a.shape == b.shape and bool(((a == b) | (a.isnan() & b.isnan())).all())
-
-
 class Trial:
     """One object at one draw, in one dtype, for one law at a time.
 
@@ -226,9 +223,10 @@ class Trial:
             raise Broken(what)
 
     def equal(self, what: str, got: Tensor, want: Tensor) -> None:
-        """The law is broken unless both hold the same numbers in the same shape."""
+        """The law is broken unless both hold the same numbers, NaN included, in the same shape."""
         self.require(got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, not {tuple(want.shape)}")
-        if not equal(got, want):
+        got, want = got.detach(), want.detach()
+        if not bool(((got == want) | (got.isnan() & want.isnan())).all()):
             raise Broken(f"{what}: off by {float((got - want).abs().max()):.3g}, expected the very same numbers")
 
     def close(self, what: str, got: Tensor, want: Tensor, tolerance: float, amplification: Any = 0.0) -> None:
@@ -372,7 +370,7 @@ def is_real(constraint: constraints.Constraint) -> bool:
     base = constraint
     while isinstance(base, constraints.independent):
         base = base.base_constraint
-    return base is constraints.real or base is constraints.real_vector
+    return isinstance(base, type(constraints.real))  # a copied constraint is another object
 
 
 def same_function(trial: TransformTrial, what: str, one: Any, other: Any) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from math import prod
 from typing import Any, Literal, NamedTuple, TypeVar
 
 import torch
@@ -319,6 +320,11 @@ class Inverse(FlowTransform):
         self._claim_as(transform)
 
     @property
+    def sign(self) -> int:
+        """The sign of the Jacobian determinant."""
+        return self.transform.sign
+
+    @property
     def inv(self) -> FlowTransform:
         """The transform itself."""
         if self.transform._inv is None:
@@ -386,6 +392,11 @@ class Conditioned(FlowTransform):
         self.domain, self.codomain = transform.domain, transform.codomain
         self._claim_as(transform)
 
+    @property
+    def sign(self) -> int:
+        """The sign of the Jacobian determinant."""
+        return self.transform.sign
+
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The transform at the fixed context."""
         return self.transform.forward_and_log_det(x, self.context)
@@ -436,6 +447,11 @@ class Wrapped(FlowTransform):
         self.codomain = transform.codomain if codomain is None else codomain
         self.compiles = False
 
+    @property
+    def sign(self) -> int:
+        """The sign of the Jacobian determinant."""
+        return self.transform.sign
+
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The transform and its ``log_abs_det_jacobian``."""
         y = self.transform(x)
@@ -474,6 +490,11 @@ class Reshaped(FlowTransform):
         self.domain = _raised(constraints.real, len(self.event_shape))
         self.codomain = self.domain
         self._claim_as(transform)
+
+    @property
+    def sign(self) -> int:
+        """The sign of the Jacobian determinant."""
+        return self.transform.sign
 
     def _flat(self, value: Tensor) -> Tensor:
         if value.shape[-len(self.event_shape) :] != self.event_shape:
@@ -527,6 +548,11 @@ class Compose(FlowTransform):
         self.domain = _raised(parts[0].domain, event_dim)
         self.codomain = _raised(parts[-1].codomain, event_dim)
         self._claim_as(*parts)
+
+    @property
+    def sign(self) -> int:
+        """The sign of the Jacobian determinant."""
+        return prod(part.sign for part in self)
 
     def __len__(self) -> int:
         return len(self.transforms)

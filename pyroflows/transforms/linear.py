@@ -52,6 +52,17 @@ class Permutation(FlowTransform):
         self.register_buffer("permutation", order.clone())
         self.register_buffer("back", torch.argsort(order))
 
+    @property
+    def sign(self) -> int:
+        """Whether the permutation is even (1) or odd (-1)."""
+        order, sign = self.permutation.tolist(), 1
+        for i in range(len(order)):
+            while order[i] != i:  # each swap puts one entry where it belongs
+                j = order[i]
+                order[i], order[j] = order[j], order[i]
+                sign = -sign
+        return sign
+
     def _permute(self, value: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
         if value.dim() < -self.dim or value.shape[self.dim] != len(order):
             self.check_width(value, len(order))
@@ -84,6 +95,8 @@ class LULinear(FlowTransform):
         >>> LULinear(2)(torch.tensor([1.0, 2.0])).detach().round(decimals=5)
         tensor([1., 2.])
     """
+
+    sign = 1
 
     def __init__(
         self,
@@ -158,6 +171,8 @@ class ActNorm(FlowTransform):
         >>> layer.inv(torch.tensor([[5.0]]))
         tensor([[0.]], grad_fn=<...>)
     """
+
+    sign = 1
 
     def __init__(
         self,

@@ -12,6 +12,7 @@ from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 from pyroflows.errors import OptionError
 from pyroflows.numerics import bounded_log_scale, linear_rational, monotone_root, positive, rational_quadratic
@@ -80,24 +81,27 @@ class Affine(UnivariateMap):
 
     Args:
         scale: ``"bounded"``: :math:`\log a = b \tanh(r / b)`, so the scale stays in :math:`(e^{-b}, e^b)`;
-            ``"softplus"``: :math:`a = f + \log(1 + e^{r + c})`, unbounded above.
+            ``"softplus"``: :math:`a = f + \log(1 + e^{r + c})`, unbounded above;
+            ``"gated"``: :math:`y = a x + (1 - a) t` with :math:`a = 1 / (1 + e^{-g})`, :math:`g = 2 + 6 \tanh(r / 6)`,
+            the contracting step of inverse autoregressive flows (Kingma et al. 2016, arXiv:1606.04934), which is
+            not the identity at zero.
         max_log_scale: the bound :math:`b`.
         floor: the floor :math:`f` of the softplus scale.
 
     Raises:
-        OptionError: ``scale`` is neither.
+        OptionError: ``scale`` is none of these.
     """
 
     params = 2
 
     def __init__(
         self,
-        scale: Literal["bounded", "softplus"] = "bounded",
+        scale: Literal["bounded", "softplus", "gated"] = "bounded",
         max_log_scale: float = 3.0,
         floor: float = 1e-3,
     ) -> None:
-        if scale not in ("bounded", "softplus"):
-            raise OptionError(f'scale must be "bounded" or "softplus", got {scale!r}.')
+        if scale not in ("bounded", "softplus", "gated"):
+            raise OptionError(f'scale must be "bounded", "softplus" or "gated", got {scale!r}.')
         if not max_log_scale > 0 or not 0 < floor < 1:
             raise OptionError(f"expected max_log_scale > 0 and 0 < floor < 1, got {max_log_scale} and {floor}.")
         self.scale, self.max_log_scale, self.floor = scale, max_log_scale, floor
@@ -106,6 +110,9 @@ class Affine(UnivariateMap):
         shift, raw = params.unbind(-1)
         if self.scale == "bounded":
             return shift, bounded_log_scale(raw, self.max_log_scale)
+        if self.scale == "gated":
+            gate = 2 + bounded_log_scale(raw, 6.0)
+            return shift * torch.sigmoid(-gate), logsigmoid(gate)
         return shift, torch.log(positive(raw, self.floor))
 
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:

@@ -64,9 +64,14 @@ def affine(input_dim: int, *, context_dim: int = 0, **options: Any) -> Elementwi
     return Elementwise(_affine_options(options), input_dim, context_dim=context_dim, **options)
 
 
-@with_variants({"scale": "softplus", "residual": True, "hidden_dims": (16, 16), "activation": "silu"})
+@with_variants({"scale": "softplus", "residual": True, "hidden_dims": (16, 16), "activation": "silu"}, {"stable": True})
 def affine_autoregressive(
-    input_dim: int, hidden_dims: Sequence[int] | None = None, *, context_dim: int = 0, **options: Any
+    input_dim: int,
+    hidden_dims: Sequence[int] | None = None,
+    *,
+    context_dim: int = 0,
+    stable: bool = False,
+    **options: Any,
 ) -> Autoregressive:
     """An affine autoregressive layer: one pass samples, its ``.inv`` scores in one pass.
 
@@ -74,6 +79,7 @@ def affine_autoregressive(
         input_dim: the number of coordinates.
         hidden_dims: the hidden widths; default one of ``3 input_dim + 1``.
         context_dim: the width of the context.
+        stable: the gated scale of `Affine`, Pyro's name for it.
         **options: of `Affine` and `Autoregressive`.
 
     Example:
@@ -81,6 +87,8 @@ def affine_autoregressive(
         torch.Size([5, 3])
     """
     hidden_dims = [3 * input_dim + 1] if hidden_dims is None else hidden_dims
+    if stable:
+        options["scale"] = "gated"
     map = _affine_options(options)
     return Autoregressive(map, input_dim, context_dim=context_dim, hidden_dims=hidden_dims, **options)
 
@@ -243,12 +251,16 @@ def spline_coupling(
 
 
 def permute(
-    input_dim: int, permutation: Tensor | Sequence[int] | None = None, dim: int = -1, *, context_dim: int = 0
+    input_dim: int | Sequence[int],
+    permutation: Tensor | Sequence[int] | None = None,
+    dim: int = -1,
+    *,
+    context_dim: int = 0,
 ) -> Permutation:
     """A fixed permutation along one dimension; it ignores a context.
 
     Args:
-        input_dim: the number of entries along ``dim``.
+        input_dim: the number of entries along ``dim``, or the shape of the last ``-dim`` dimensions.
         permutation: which entry goes where; default a random one, from torch's generator.
         dim: the dimension, negative; all from it on belong to one point.
         context_dim: accepted and ignored, as every registered layer accepts one.
@@ -260,9 +272,10 @@ def permute(
         >>> permute(3, [2, 1, 0])(torch.tensor([1.0, 2.0, 3.0]))
         tensor([3., 2., 1.])
     """
-    order = torch.randperm(input_dim) if permutation is None else torch.as_tensor(permutation)
-    if order.shape != (input_dim,):
-        raise OptionError(f"expected a permutation of {input_dim} entries, got shape {tuple(order.shape)}.")
+    size = input_dim if isinstance(input_dim, int) else input_dim[0]
+    order = torch.randperm(size) if permutation is None else torch.as_tensor(permutation)
+    if order.shape != (size,):
+        raise OptionError(f"expected a permutation of {size} entries, got shape {tuple(order.shape)}.")
     return Permutation(order, dim=dim)
 
 

@@ -21,6 +21,8 @@ __all__ = ["Autoregressive", "Coupling", "Elementwise"]
 class _Mapped(FlowTransform):
     """A layer made of a univariate map."""
 
+    sign = 1
+
     def __init__(self, map: UnivariateMap, input_dim: int, context_dim: int) -> None:
         super().__init__(context_dim)
         self.map, self.input_dim = map, input_dim
