@@ -47,8 +47,9 @@ def monotone_root(
         y: the values to reach, any shape. A NaN or infinite entry is returned as it is.
         start: where to begin, broadcastable to ``y``; default ``y`` itself.
         max_steps: how many evaluations before giving up.
-        tol: accepted ``|f(x) - y| / (1 + |y|)``; default 4 machine epsilons. An entry whose bracket has shrunk
-            to neighbouring floating-point numbers is converged as well: no better root exists.
+        tol: accepted ``|f(x) - y| / (1 + |y|)``; default to the last digits, ``|f(x) - y| <= 4 eps |y|``. An entry
+            whose bracket has shrunk to neighbouring floating-point numbers, or whose Newton step is below the
+            last digit, is converged as well: no better root can be told.
 
     Returns:
         A `Root`.
@@ -88,7 +89,7 @@ def _search(
     f: Increasing, y: Tensor, start: Tensor | None, max_steps: int, tol: float | None
 ) -> tuple[Tensor, Tensor, int, Tensor]:
     eps = torch.finfo(y.dtype).eps
-    accepted = (4 * eps if tol is None else tol) * (1 + y.abs())
+    accepted = 4 * eps * y.abs() if tol is None else tol * (1 + y.abs())
     given = torch.isfinite(y)
     target = torch.where(given, y, torch.zeros_like(y))
     x = target if start is None else start.expand_as(y).to(y.dtype)
@@ -110,11 +111,13 @@ def _search(
         width = high - low
         closed = torch.isfinite(width)
         tight = closed & (width <= 2 * eps * torch.maximum(low.abs(), high.abs()))
-        done = done | (best_gap <= accepted) | tight
+        step = gap * torch.exp(-log_slope)
+        still = (step.abs() <= eps * x.abs()) & (gap.abs() <= eps**0.5 * (1 + y.abs()))
+        done = done | (best_gap <= accepted) | still | tight
         if bool(done.all()):
             break
         # Newton inside the bracket; where that is slow, the middle; where a side is open, twice as far.
-        newton = x + gap * torch.exp(-log_slope)
+        newton = x + step
         slow = width > 0.5 * last_width
         last_width = width
         middle = low + 0.5 * width
