@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 from pyroflows.distributions.base import standard_normal
 from pyroflows.distributions.flow import Flow
@@ -57,42 +57,12 @@ def _order(input_dim: int, i: int) -> Sequence[int]:
     return range(input_dim) if i % 2 == 0 else range(input_dim)[::-1]
 
 
-def _couplings(
-    map: UnivariateMap,
-    input_dim: int,
-    context_dim: int,
-    hidden_dims: Sequence[int],
-    activation: Activation,
-    residual: bool,
-) -> Callable[[int], FlowTransform]:
-    return lambda i: Coupling(
-        map,
-        input_dim,
-        context_dim=context_dim,
-        mask=_alternating(input_dim, i),
-        hidden_dims=hidden_dims,
-        activation=activation,
-        residual=residual,
-    )
+def _couplings(map: UnivariateMap, input_dim: int, **network: Any) -> Callable[[int], FlowTransform]:
+    return lambda i: Coupling(map, input_dim, mask=_alternating(input_dim, i), **network)
 
 
-def _autoregressions(
-    map: UnivariateMap,
-    input_dim: int,
-    context_dim: int,
-    hidden_dims: Sequence[int],
-    activation: Activation,
-    residual: bool,
-) -> Callable[[int], Autoregressive]:
-    return lambda i: Autoregressive(
-        map,
-        input_dim,
-        context_dim=context_dim,
-        order=_order(input_dim, i),
-        hidden_dims=hidden_dims,
-        activation=activation,
-        residual=residual,
-    )
+def _autoregressions(map: UnivariateMap, input_dim: int, **network: Any) -> Callable[[int], FlowTransform]:
+    return lambda i: Autoregressive(map, input_dim, order=_order(input_dim, i), **network)
 
 
 def maf(
@@ -122,7 +92,8 @@ def maf(
         >>> maf(3)().sample((4,)).shape
         torch.Size([4, 3])
     """
-    layer = _autoregressions(Affine(), input_dim, context_dim, hidden_dims, activation, residual)
+    network = {"context_dim": context_dim, "hidden_dims": hidden_dims, "activation": activation, "residual": residual}
+    layer = _autoregressions(Affine(), input_dim, **network)
     return _stack(lambda i: layer(i).inv, input_dim, transforms, linear, support)
 
 
@@ -154,7 +125,8 @@ def iaf(
         >>> iaf(3)().rsample((4,)).shape
         torch.Size([4, 3])
     """
-    layer = _autoregressions(Affine(), input_dim, context_dim, hidden_dims, activation, residual)
+    network = {"context_dim": context_dim, "hidden_dims": hidden_dims, "activation": activation, "residual": residual}
+    layer = _autoregressions(Affine(), input_dim, **network)
     return _stack(layer, input_dim, transforms, linear, support)
 
 
@@ -204,10 +176,11 @@ def nsf(
             'structure must be "coupling" or "autoregressive" and direction "score" or "sample", '
             f"got {structure!r} and {direction!r}."
         )
-    arguments = (Spline(bins, bound), input_dim, context_dim, hidden_dims, activation, residual)
+    network = {"context_dim": context_dim, "hidden_dims": hidden_dims, "activation": activation, "residual": residual}
     if structure == "coupling":
-        return _stack(_couplings(*arguments), input_dim, transforms, linear, support)
-    layer = _autoregressions(*arguments)
+        layer = _couplings(Spline(bins, bound), input_dim, **network)
+        return _stack(layer, input_dim, transforms, linear, support)
+    layer = _autoregressions(Spline(bins, bound), input_dim, **network)
     fast = (lambda i: layer(i).inv) if direction == "score" else layer
     return _stack(fast, input_dim, transforms, linear, support)
 
@@ -240,7 +213,8 @@ def realnvp(
         >>> realnvp(3)().log_prob(torch.zeros(5, 3)).shape
         torch.Size([5])
     """
-    layer = _couplings(Affine(), input_dim, context_dim, hidden_dims, activation, residual)
+    network = {"context_dim": context_dim, "hidden_dims": hidden_dims, "activation": activation, "residual": residual}
+    layer = _couplings(Affine(), input_dim, **network)
     return _stack(layer, input_dim, transforms, linear, support)
 
 
@@ -272,6 +246,7 @@ def nice(
         >>> nice(3)().log_prob(torch.zeros(5, 3)).shape
         torch.Size([5])
     """
-    layer = _couplings(Additive(), input_dim, context_dim, hidden_dims, activation, residual)
+    network = {"context_dim": context_dim, "hidden_dims": hidden_dims, "activation": activation, "residual": residual}
+    layer = _couplings(Additive(), input_dim, **network)
     scale = Elementwise(Affine(), input_dim, context_dim=context_dim, hidden_dims=hidden_dims)
     return _stack(layer, input_dim, transforms, linear, support, last=scale)
