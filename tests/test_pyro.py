@@ -233,3 +233,21 @@ def test_base_and_transform_must_agree():
 
     with pytest.raises(errors.OptionError, match="to_event"):
         pf.Flow(T.affine(2), Base(dist.Normal, event_dim=0, loc=torch.zeros(2), scale=torch.ones(2)))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_N30_autocast_and_half_precision(name):
+    flow = small(name, input_dim=3, context_dim=2)
+    x, context = torch.randn(20, 3), torch.randn(20, 2)
+    exact = flow(context).log_prob(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        q = flow(context)
+        scores, (y, log_q) = q.log_prob(x), q.rsample_with_log_prob()
+    assert scores.dtype == y.dtype == log_q.dtype == torch.float32
+    assert torch.allclose(scores, exact, atol=0.1)
+    for dtype in (torch.bfloat16, torch.float16):
+        q = flow.to(dtype)(context.to(dtype))
+        assert q.sample().dtype == dtype
+        log_prob = q.log_prob(x.to(dtype))
+        assert log_prob.dtype == torch.float32  # log-dets are summed in at least float32
+        assert torch.allclose(log_prob, exact, atol=0.3)

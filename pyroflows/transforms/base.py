@@ -168,7 +168,9 @@ class FlowTransform(TransformModule, ConditionalTransform):
         self.check_context(context)
         if self.context_dim == 0:
             return {name: getattr(self, name) for name in self._shapes}
-        flat = self.conditioner(None, context).split([shape.numel() for shape in self._shapes.values()], -1)
+        like = next(self.conditioner.parameters())  # under autocast the network's output has another dtype
+        output = self.conditioner(None, context).to(like.dtype)
+        flat = output.split([shape.numel() for shape in self._shapes.values()], -1)
         return {
             name: part.unflatten(-1, shape) if len(shape) != 1 else part
             for part, (name, shape) in zip(flat, self._shapes.items(), strict=True)

@@ -152,9 +152,11 @@ class Spline(UnivariateMap):
         self.params = sum(self.sizes)
 
     def _apply(self, value: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        parts = params.split(self.sizes, -1)
+        dtype = torch.promote_types(value.dtype, torch.float32)  # half precision cannot hold squared slopes
+        parts = params.to(dtype).split(self.sizes, -1)
         function = rational_quadratic if self.order == "quadratic" else linear_rational
-        return function(value, *parts, bound=self.bound, inverse=inverse)
+        result, log_slope = function(value.to(dtype), *parts, bound=self.bound, inverse=inverse)
+        return result.to(value.dtype), log_slope
 
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """The spline and its log-slope."""

@@ -146,6 +146,7 @@ class Coupling(_Mapped):
         self.check_context(context)
         kept, moved = value.index_select(-1, self.kept), value.index_select(-1, self.moved)
         params = self.net(kept if kept.shape[-1] else None, context if self.context_dim else None)
+        params = params.to(value.dtype)  # under autocast the network's output has another
         result, log_slope = direction(moved, params.unflatten(-1, (-1, self.map.params)))
         kept = kept.expand(*result.shape[:-1], -1)  # a context may have more batch dimensions
         return torch.cat([kept, result], -1).index_select(-1, self.back), sum_last(log_slope)
@@ -217,7 +218,8 @@ class Autoregressive(_Mapped):
         """One pass of the network."""
         self.check_width(x, self.input_dim)
         self.check_context(context)
-        y, log_slope = self.map.forward(x, self.net(x, context if self.context_dim else None))
+        params = self.net(x, context if self.context_dim else None).to(x.dtype)
+        y, log_slope = self.map.forward(x, params)
         return y, sum_last(log_slope)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -229,7 +231,7 @@ class Autoregressive(_Mapped):
         log_slopes = []
         coordinates = torch.arange(self.input_dim, device=y.device)
         for turn in self.turn.split(1):
-            params = self.net(x, context).index_select(-2, turn)
+            params = self.net(x, context).index_select(-2, turn).to(y.dtype)
             found, log_slope = self.map.backward(y.index_select(-1, turn), params)
             x = torch.where(coordinates == turn, found, x)
             log_slopes.append(log_slope)
