@@ -119,6 +119,16 @@ def test_state_dict_loads_into_a_fresh_guide():
     assert torch.equal(guide.get_posterior().log_prob(x), fresh.get_posterior().log_prob(x))
 
 
+def test_the_first_call_sets_up():
+    def grouped():
+        with pyro.plate("group", 3):
+            pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    guide = guide_for(grouped)
+    train(guide, steps=1, loss=Trace_ELBO(), model=grouped)
+    assert guide.latent_dim == 3
+
+
 def test_use_before_setup_says_so():
     with pytest.raises(errors.GuideNotSetUp, match="setup"):
         guide_for(model).load_state_dict({})
@@ -193,7 +203,9 @@ def test_two_guides_of_one_process_both_train():
         before = [p.clone() for p in guide.parameters()]
         train(guide, steps=2)
         assert all(not torch.equal(p, q) for p, q in zip(guide.parameters(), before, strict=True))
-    del guide, first
+    before = [p.clone() for p in first.parameters()]
+    train(first, steps=1)
+    assert all(not torch.equal(p, q) for p, q in zip(first.parameters(), before, strict=True))
     third = pf.AutoFlow(model, flow="maf", transforms=1, hidden_dims=(4,)).setup()
     train(third, steps=2)
 
@@ -206,7 +218,6 @@ def test_values_of_a_saved_parameter_store_are_taken_over(tmp_path):
     del guide
     pyro.clear_param_store()
     pyro.get_param_store().load(tmp_path / "store.pt")
-    pf.AutoFlow._given.discard(name)  # as in a new process
     fresh = guide_for(model).setup()
     assert fresh._pyro_name == name
     assert torch.equal(fresh.median()["mu"], expected)

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 import weakref
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Self
+from typing import Any, Self
 
 import pyro
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from pyro.infer.autoguide import AutoContinuous
 from pyro.infer.autoguide.initialization import init_to_median
 from torch import Tensor, nn
@@ -25,11 +25,15 @@ from pyroflows.transforms import Compose, FlowTransform
 
 __all__ = ["AutoFlow"]
 
+_PARAMETERS: weakref.WeakValueDictionary[int, nn.Parameter] = weakref.WeakValueDictionary()
+"""The parameters of all living guides by ``id``, by which they know each other's in Pyro's parameter store."""
+
 
 class _Start(FlowTransform):
     """The outermost layer of a guide: where the latents start and how far they spread at first."""
 
     MAX_LOG_SCALE = 30.0
+    sign = 1
 
     def __init__(self, loc: Tensor, scale: float) -> None:
         super().__init__()
@@ -101,7 +105,6 @@ class AutoFlow(AutoContinuous):
             raise OptionError(f"options {sorted(options)} go with the name of a flow; give them to your function.")
         super().__init__(model, init_loc_fn=init_loc_fn)
         self._flow, self._options, self._init_scale = flow, options, float(init_scale)
-        self._take_free_name()
 
     # --- parameters -------------------------------------------------------------------------------------
 
@@ -136,8 +139,9 @@ class AutoFlow(AutoContinuous):
         base = flow.base if isinstance(flow, Flow) else standard_normal(self.latent_dim)
         self.base = base.to(loc)
         self.transform = Compose([learned, _Start(loc, self._init_scale)]).to(loc)
-        self._create_plates(*args, **kwargs)
-        self._take_over_stored_values()
+        with poutine.block():  # NeuTraReparam reads the plates; a first call of the guide makes its own
+            self._create_plates(*args, **kwargs)
+        self._claim_store_entries()
 
     def _build(self, latent_dim: int) -> Flow | FlowTransform:
         if isinstance(self._flow, str):
@@ -164,32 +168,41 @@ class AutoFlow(AutoContinuous):
                 "arguments (or after the first call of the guide)."
             )
 
-    # --- the parameter store: two guides of one process never share an entry ------------------------------
+    # --- the parameter store ----------------------------------------------------------------------------
 
-    _live: ClassVar[weakref.WeakValueDictionary[str, AutoFlow]] = weakref.WeakValueDictionary()
-    _given: ClassVar[set[str]] = set()
+    def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
+        """Draws every latent, as Pyro's guides do; sets up on the first call.
 
-    def _take_free_name(self) -> None:
-        """Names the guide ``AutoFlow``, or ``AutoFlow_1`` and so on while another guide's entries have the name."""
-        own = type(self).__name__
-        names = itertools.chain([own], (f"{own}_{i}" for i in itertools.count(1)))
-        for name in names:
-            held = name in self._given and any(key.startswith(f"{name}.") for key in pyro.get_param_store())
-            if name not in self._live and not held:
-                break
-        self._pyro_name = name
-        self._live[name] = self
-        self._given.add(name)
+        Returns:
+            A value for each latent site.
+        """
+        self.setup(*args, **kwargs)
+        self._claim_store_entries()
+        return super().forward(*args, **kwargs)
 
-    def _take_over_stored_values(self) -> None:
-        """Starts from values that a file put into Pyro's parameter store, as Pyro's own guides do."""
+    def _claim_store_entries(self) -> None:
+        """Makes Pyro's parameter store hold this guide's own parameters.
+
+        Left alone, Pyro would optimize whatever the store has under the guide's name. Entries of another
+        ``AutoFlow`` are left to it, and this guide takes a name with a number; entries of unknown origin were
+        loaded from a file, and their values are taken over.
+        """
         store = pyro.get_param_store()
-        for name, parameter in self.transform.named_parameters():
-            key = f"{self._pyro_name}.transform$$${name}"
-            if key in store:
-                with torch.no_grad():
-                    parameter.copy_(store[key])
-                del store[key]
+        parameters = dict(self._modules["transform"].named_parameters())  # type: ignore[union-attr]
+        own, number = self._pyro_name, 0
+        while True:
+            keys = {name: f"{self._pyro_name}.transform$$${name}" for name in parameters}
+            others = {name: store._params[key] for name, key in keys.items() if key in store}
+            others = {name: value for name, value in others.items() if value is not parameters[name]}
+            if not any(_PARAMETERS.get(id(value)) is value for value in others.values()):
+                break
+            number += 1
+            self._pyro_name = f"{own}_{number}"
+        with torch.no_grad():
+            for name, value in others.items():
+                parameters[name].copy_(value)
+                del store[keys[name]]
+        _PARAMETERS.update((id(parameter), parameter) for parameter in parameters.values())
 
     def __getstate__(self) -> dict[str, Any]:
         model, master = self._model, self.master  # Pyro's method takes them from the live guide
@@ -197,10 +210,6 @@ class AutoFlow(AutoContinuous):
             return {**super().__getstate__(), "_model": None, "master": None}
         finally:
             self._model, self.master = model, master
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)
-        self._take_free_name()
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
         new = type(self).__new__(type(self))
@@ -225,13 +234,20 @@ class AutoFlow(AutoContinuous):
         """The distribution of all latents in the unconstrained space, ``[latent_dim]``."""
         return FlowDistribution(self.get_base_dist(), [self.get_transform(*args, **kwargs)])
 
-    def _quantiles(self, probabilities: Sequence[float], num_samples: int) -> dict[str, Tensor]:
+    def _draws(self, num_samples: int) -> Tensor:
         # The same draws each time, and none taken from the caller's generator.
         with torch.no_grad(), torch.random.fork_rng():
             torch.manual_seed(0)
-            draws = self.get_posterior().sample((num_samples,))
-            levels = draws.new_tensor(probabilities)
-            latents = torch.quantile(draws, levels, dim=0)
+            return self.get_posterior().sample((num_samples,))
+
+    def _loc_scale(self, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        draws = self._draws(2000)
+        return draws.mean(0), draws.std(0)
+
+    def _quantiles(self, probabilities: Sequence[float], num_samples: int) -> dict[str, Tensor]:
+        with torch.no_grad():
+            draws = self._draws(num_samples)
+            latents = torch.quantile(draws, draws.new_tensor(probabilities), dim=0)
             sites: dict[str, list[Tensor]] = {}
             for latent in latents:
                 for site, value in self._unpack_latent(latent):

@@ -111,7 +111,13 @@ def event_shapes(trial: FlowTrial) -> None:
         value = wide.rsample((3,))
         expect("a sample of expand", value, (3, 5, *batch, *event))
         expect("log_prob of expand", wide.log_prob(value), (3, 5, *batch))
-        trial.close("log_prob of expand and of the original", wide.log_prob(value), d.log_prob(value.clone()), LOG_DET[trial.dtype], 1e3)
+        trial.close(
+            "log_prob of expand and of the original",
+            wide.log_prob(value),
+            d.log_prob(value.clone()),
+            LOG_DET[trial.dtype],
+            1e3,
+        )
         one = d.expand_by((5,)).to_event(1)
         expect("log_prob of to_event(1)", one.log_prob(one.sample()), batch)
         expect("log_prob of mask", d.mask(False).log_prob(d.sample()), batch)
@@ -131,8 +137,12 @@ def plates(trial: FlowTrial) -> None:
         trace = poutine.trace(model).get_trace(observed)
         trace.compute_log_prob()
         site = trace.nodes["z"]
-        trial.require(tuple(site["value"].shape) == (4, 6, *event), f"a sample in plates has shape {tuple(site['value'].shape)}")
-        trial.require(tuple(site["log_prob"].shape) == (4, 6), f"its log_prob has shape {tuple(site['log_prob'].shape)}")
+        trial.require(
+            tuple(site["value"].shape) == (4, 6, *event), f"a sample in plates has shape {tuple(site['value'].shape)}"
+        )
+        trial.require(
+            tuple(site["log_prob"].shape) == (4, 6), f"its log_prob has shape {tuple(site['log_prob'].shape)}"
+        )
         if observed is None:
             rows = site["value"].reshape(24, -1)
             trial.require(len(rows.unique(dim=0)) == 24, "rows of a plate share their noise")
@@ -261,7 +271,10 @@ def samples(trial: FlowTrial) -> None:
         ours = (torch.arange(DRAWS, dtype=theirs.dtype) + 0.5) / DRAWS
         distance, allowed = float((theirs - ours).abs().max()), KOLMOGOROV / DRAWS**0.5 + 2e-3
         tally.worst = max(tally.worst, distance / allowed)
-        trial.require(distance <= allowed, f"samples and density disagree about {name}: distance {distance:.3g}, allowed {allowed:.3g}")
+        trial.require(
+            distance <= allowed,
+            f"samples and density disagree about {name}: distance {distance:.3g}, allowed {allowed:.3g}",
+        )
 
 
 def _interpolate(at: Tensor, knots: Tensor, values: Tensor) -> Tensor:
@@ -277,12 +290,27 @@ def joint(trial: FlowTrial) -> None:
     for d in (trial.make(flow, context), trial.make(flow, context).expand((3, *((5,) if flow.context_dim else ())))):
         value, score = d.rsample_with_log_prob((7,))
         truth = d.log_prob(value.detach().clone())
-        trial.close("rsample_with_log_prob and log_prob", score.flatten(), truth.flatten(), LOG_DET[trial.dtype], _sensitivity(trial, d, value))
+        trial.close(
+            "rsample_with_log_prob and log_prob",
+            score.flatten(),
+            truth.flatten(),
+            LOG_DET[trial.dtype],
+            _sensitivity(trial, d, value),
+        )
         again = d.log_prob(value.detach())
-        trial.close("log_prob of a detached sample", again.flatten(), truth.flatten(), LOG_DET[trial.dtype], _sensitivity(trial, d, value))
+        trial.close(
+            "log_prob of a detached sample",
+            again.flatten(),
+            truth.flatten(),
+            LOG_DET[trial.dtype],
+            _sensitivity(trial, d, value),
+        )
         if value.requires_grad:
             grads = torch.autograd.grad(value.sum() + score.sum(), list(flow.parameters()), allow_unused=True)
-            trial.require(all(g is None or bool(g.isfinite().all()) for g in grads), "a gradient through rsample_with_log_prob is not finite")
+            trial.require(
+                all(g is None or bool(g.isfinite().all()) for g in grads),
+                "a gradient through rsample_with_log_prob is not finite",
+            )
 
 
 def _sensitivity(trial: FlowTrial, d: Any, value: Tensor) -> Tensor:
@@ -339,7 +367,10 @@ def flow_copies(trial: FlowTrial) -> None:
 def flow_dtype(trial: FlowTrial) -> None:
     """Samples and scores have the flow's dtype, whatever the default dtype is."""
     for held in held_tensors(trial.flow):
-        trial.require(not held.is_floating_point() or held.dtype == trial.dtype, f"a {held.dtype} tensor {tuple(held.shape)} stays behind on .to({trial.dtype})")
+        trial.require(
+            not held.is_floating_point() or held.dtype == trial.dtype,
+            f"a {held.dtype} tensor {tuple(held.shape)} stays behind on .to({trial.dtype})",
+        )
     context, data = trial.contexts(5), trial.data(5)
     scores = []
     for default in (torch.float32, torch.float64):
@@ -390,7 +421,9 @@ def training_step(trial: FlowTrial) -> None:
         pyro.clear_param_store()
         loss = SVI(model, other, pyro.optim.Adam({"lr": 1e-3}), Trace_ELBO()).step(flow)
         moved = any(not torch.equal(p, before[name]) for name, p in flow.named_parameters())
-        trial.require(loss == loss and (moved or not before), f"a step of SVI as a {role} changed nothing, or its loss is NaN")
+        trial.require(
+            loss == loss and (moved or not before), f"a step of SVI as a {role} changed nothing, or its loss is NaN"
+        )
 
 
 def validation(trial: FlowTrial) -> None:
@@ -399,11 +432,16 @@ def validation(trial: FlowTrial) -> None:
     spoilt = data.clone()
     spoilt[2] = torch.nan
     with pyro.validation_enabled(True):
-        trial.require(_refuses(lambda: trial.make(trial.flow, context).log_prob(spoilt)), "log_prob takes NaN under validation")
+        trial.require(
+            _refuses(lambda: trial.make(trial.flow, context).log_prob(spoilt)), "log_prob takes NaN under validation"
+        )
         if not trial._plain:
             outside = data.clone()
             outside[2] = -1e3
-            trial.require(_refuses(lambda: trial.make(trial.flow, context).log_prob(outside)), "log_prob takes a point outside of the support")
+            trial.require(
+                _refuses(lambda: trial.make(trial.flow, context).log_prob(outside)),
+                "log_prob takes a point outside of the support",
+            )
     with pyro.validation_enabled(False):
         d = trial.make(trial.flow, context)
         good, bad = d.log_prob(data), d.log_prob(spoilt)

@@ -395,4 +395,3 @@ def _select(known: Sequence[Law], names: Sequence[str] | None) -> list[Law]:
         if name not in [law.name for law in known]:
             raise OptionError(f"no law {name!r}; the laws are {', '.join(law.name for law in known)}.")
     return [law for law in known if names is None or law.name in names]
-

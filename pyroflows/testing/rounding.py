@@ -12,13 +12,12 @@ is the sum over :math:`k` of :math:`|J_n \cdots J_{k+1}|` or :math:`|J_1^{-1} \c
 log-det is off by its gradient times them. No matrix of absolute values is multiplied with another, so a chain
 that undoes itself is not charged twice.
 
-The first order knows only the slope at the point. Where the slope changes within the rounding error itself, as at the
-edge of a nearly flat bin, `widen` replaces it by how far the exact result moves when the argument does.
+The first order knows only the slope at the point. Where that changes within the rounding error itself, as at the
+edge of a nearly flat bin, `widen` adds what happens when every intermediate result is disturbed by as much.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 import torch
@@ -38,26 +37,22 @@ class Rounding:
         y: their images ``[n, *event]``.
         log_det: ``log|det dy/dx|`` as the layer says.
         true_log_det: ``slogdet`` of the autograd Jacobian.
-        to_y: of ``y``, given ``x``.
-        to_x: of ``x``, given ``y``.
-        round_x: of ``inverse(forward(x)) - x``.
-        round_y: of ``forward(inverse(y)) - y``.
-        of_log_det: of the forward log-det, given ``x``.
-        of_inverse_log_det: of the inverse log-det, given ``y``.
-        of_slogdet: of ``true_log_det`` itself, which is computed in float64.
+        of_image: of ``y``.
+        of_return: of ``x``, found again from ``y``.
+        of_log_det: of the log-det.
+        of_return_log_det: of the log-det of the way back.
+        of_true_log_det: of ``true_log_det`` itself, computed in float64.
     """
 
     x: Tensor
     y: Tensor
     log_det: Tensor
     true_log_det: Tensor
-    to_y: Tensor
-    to_x: Tensor
-    round_x: Tensor
-    round_y: Tensor
+    of_image: Tensor
+    of_return: Tensor
     of_log_det: Tensor
-    of_inverse_log_det: Tensor
-    of_slogdet: Tensor
+    of_return_log_det: Tensor
+    of_true_log_det: Tensor
 
 
 def links(transform: FlowTransform) -> list[FlowTransform]:
@@ -110,110 +105,86 @@ def measure(transform: FlowTransform, x: Tensor, context: Tensor | None = None) 
     forth = [sizes[k + 1] + _carry(jacobians[k], sizes[k]) for k in range(count)]
     back = [sizes[k] + _carry(inverses[k], sizes[k + 1]) for k in range(count)]
     one = torch.eye(sizes[0].shape[-1], dtype=x.dtype, device=x.device).expand_as(jacobians[0])
-    own = sum(1 + d.abs() + (g.abs() * s).sum(-1) for d, g, s in zip(log_dets, slopes, sizes, strict=False))
+    # A log-det is computed from the argument or from the result, whichever: either is off by a rounding.
+    own = torch.zeros_like(log_dets[0])
+    for k, slope in enumerate(slopes):
+        from_result = (inverses[k].mT @ slope.unsqueeze(-1)).squeeze(-1).abs()
+        own = own + 1 + log_dets[k].abs() + (slope.abs() * sizes[k] + from_result * sizes[k + 1]).sum(-1)
 
     # From the last link to the first: products of Jacobians, and the gradient of the log-dets still to come.
-    to_y, round_y, of_log_det = torch.zeros_like(forth[-1]), torch.zeros_like(forth[-1]), own
+    of_image, of_log_det = torch.zeros_like(forth[-1]), own
     product, ahead = one, torch.zeros_like(slopes[-1])
     for k in reversed(range(count)):
-        to_y = to_y + _carry(product, forth[k])
+        of_image = of_image + _carry(product, forth[k])
         of_log_det = of_log_det + (ahead.abs() * forth[k]).sum(-1)
         ahead = slopes[k] + (jacobians[k].mT @ ahead.unsqueeze(-1)).squeeze(-1)
         product = product @ jacobians[k]
-        round_y = round_y + _carry(product, back[k])
-    # From the first to the last: products of inverses.
-    to_x, round_x, of_inverse = torch.zeros_like(back[0]), torch.zeros_like(back[0]), own
-    undone, behind = one, torch.zeros_like(slopes[0])
+    # From the first to the last: products of inverses, for the way back.
+    of_return, of_return_log_det = torch.zeros_like(back[0]), own
+    product, behind = one, torch.zeros_like(slopes[0])
     for k in range(count):
-        to_x = to_x + _carry(undone, back[k])
-        of_inverse = of_inverse + (behind.abs() * back[k]).sum(-1)
+        of_return = of_return + _carry(product, back[k])
+        of_return_log_det = of_return_log_det + (behind.abs() * back[k]).sum(-1)
         behind = (inverses[k].mT @ (behind + slopes[k]).unsqueeze(-1)).squeeze(-1)
-        undone = undone @ inverses[k]
-        round_x = round_x + _carry(undone, forth[k])
-    of_inverse = of_inverse + (behind.abs() * sizes[-1]).sum(-1)
-    # What a relative change of the entries of a Jacobian does to its log-determinant.
-    pairs = list(zip(jacobians, inverses, strict=True))
-    sensitivity = [(inverse.abs() * jacobian.abs().mT).sum((-1, -2)) for jacobian, inverse in pairs]
+        product = product @ inverses[k]
+        of_return = of_return + _carry(product, forth[k])
+    of_return_log_det = of_return_log_det + (behind.abs() * sizes[-1]).sum(-1)
+    # What it does to a log-determinant that each entry of its matrix is off by a rounding of 1 + itself.
+    pairs = zip(jacobians, inverses, strict=True)
+    doubts = [(inverse.abs() * (1 + jacobian.abs().mT)).sum((-1, -2)) for jacobian, inverse in pairs]
     return Rounding(
         x=x,
         y=z,
         log_det=sum(log_dets, torch.zeros_like(log_dets[0])),
         true_log_det=torch.stack([torch.linalg.slogdet(jacobian)[1] for jacobian in jacobians]).sum(0),
-        to_y=to_y.amax(-1),
-        to_x=to_x.amax(-1),
-        round_x=(to_x + round_x).amax(-1),
-        round_y=(to_y + round_y).amax(-1),
+        of_image=of_image.amax(-1),
+        of_return=of_return.amax(-1),
         of_log_det=of_log_det,
-        of_inverse_log_det=of_inverse,
-        of_slogdet=torch.stack(sensitivity).sum(0),
+        of_return_log_det=of_return_log_det,
+        of_true_log_det=torch.stack(doubts).sum(0),
     )
 
 
-Direction = Callable[[Tensor], tuple[Tensor, Tensor]]
+TRIES = 6
+"""How often a rounding error of each sign is tried."""
 
 
-def _moved(run: Direction, point: Tensor, by: Tensor) -> tuple[Tensor, Tensor]:
-    """How far the result and the log-det move, ``[n, *event]`` and ``[n]``, when the argument moves either way."""
-    with torch.no_grad():
-        here, log_det = run(point)
-        steps, changes = torch.zeros_like(here), torch.zeros_like(log_det.reshape(len(point), -1).sum(-1))
-        odd = torch.arange(point[0].numel(), device=point.device).reshape(point.shape[1:]) % 2 == 1
-        for way in (by, -by, torch.where(odd, by, -by), torch.where(odd, -by, by)):
-            there, changed = run(point + way)
-            steps = torch.maximum(steps, (there - here).abs().nan_to_num(torch.inf))
-            change = (changed - log_det).reshape(len(point), -1).sum(-1).abs()
-            changes = torch.maximum(changes, change.nan_to_num(torch.inf))
-    return steps, changes
+def _disturbed(
+    chain: list[FlowTransform], z: Tensor, context: Tensor | None, unit: float, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """The image and the log-det when every intermediate result is off by ``unit``, with random signs."""
+
+    def off(z: Tensor) -> Tensor:
+        signs = torch.randint(2, z.shape, generator=generator).to(z) * 2 - 1
+        return z + unit * signs * (1 + z.abs())
+
+    z, total = off(z), torch.zeros(len(z), dtype=z.dtype, device=z.device)
+    for link in chain:
+        z, log_det = link.forward_and_log_det(z, context)
+        z, total = off(z), total + log_det.reshape(len(z), -1).sum(-1)
+    return z, total
 
 
-def widen(
-    transform: FlowTransform,
-    x: Tensor,
-    y: Tensor,
-    context: Tensor | None,
-    there: Rounding,
-    back: Rounding,
-    unit: float,
-) -> tuple[Rounding, Rounding]:
-    """The rounding at ``x`` and at the points that map to ``y``, at least what arguments off by ``unit`` explain.
+def widen(transform: FlowTransform, context: Tensor | None, known: Rounding, unit: float) -> Rounding:
+    """The rounding, at least what intermediate results that are off by ``unit`` do.
 
     Args:
         transform: the transform in float64.
-        x: points ``[n, *event]``.
-        y: other points on the other side.
         context: ``[n, context_dim]``.
-        there: what `measure` says at ``x``.
-        back: what it says at the inverse of ``y``.
+        known: what `measure` says.
         unit: the relative error of one computation.
     """
-    wide = None if context is None else context.double()
-    x, y = x.double(), y.double()
-
-    def forward(point: Tensor) -> tuple[Tensor, Tensor]:
-        return transform.forward_and_log_det(point, wide)
-
-    def inverse(point: Tensor) -> tuple[Tensor, Tensor]:
-        return transform.inverse_and_log_det(point, wide)
-
-    def most(known: Tensor, moved: Tensor) -> Tensor:
-        return torch.maximum(known, moved.reshape(len(known), -1).amax(-1) / unit)
-
-    image_step, log_det_step = _moved(forward, x, unit * (1 + x.abs()))
-    round_step, _ = _moved(inverse, there.y, image_step + unit * (1 + there.y.abs()))
-    found_step, inverse_step = _moved(inverse, y, unit * (1 + y.abs()))
-    away = inverse(y + unit * (1 + y.abs()))[0].detach()
-    return_step, _ = _moved(forward, away, unit * (1 + away.abs()))
-    return (
-        replace(
-            there,
-            to_y=most(there.to_y, image_step),
-            of_log_det=most(there.of_log_det, log_det_step),
-            round_x=most(there.round_x, round_step),
-        ),
-        replace(
-            back,
-            to_x=most(back.to_x, found_step),
-            of_inverse_log_det=most(back.of_inverse_log_det, inverse_step),
-            round_y=most(back.round_y, return_step),
-        ),
+    generator = torch.Generator().manual_seed(0)
+    forth, back = links(transform), links(transform.inv)
+    worst = [known.of_image, known.of_log_det, known.of_return, known.of_return_log_det]
+    for _ in range(TRIES):
+        with torch.no_grad():
+            image, log_det = _disturbed(forth, known.x, context, unit, generator)
+            found, undone = _disturbed(back, image, context, unit, generator)
+        moved = (image - known.y, log_det - known.log_det, found - known.x, undone + known.log_det)
+        for i, move in enumerate(moved):
+            size = move.abs().nan_to_num(torch.inf).reshape(len(move), -1).amax(-1)
+            worst[i] = torch.maximum(worst[i], size / unit)
+    return replace(
+        known, of_image=worst[0], of_log_det=worst[1], of_return=worst[2], of_return_log_det=worst[3]
     )

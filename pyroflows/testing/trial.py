@@ -343,12 +343,14 @@ class TransformTrial(Trial):
         """Points ``x`` and ``y`` that have nothing to do with each other, contexts, and the rounding at both."""
         if "points" not in self.shared:
             self.shared["points"] = self._draw_probe()
-        x, y, context, *_ = self.shared["points"]
-        if self.dtype not in self.shared:
-            unit = ROUNDINGS * torch.finfo(self.dtype).eps
-            self.shared[self.dtype] = widen(self.exact, *self.shared["points"], unit)
+        x, y, context, there, back = self.shared["points"]
+        name = f"rounding in {self.dtype}"
+        if name not in self.shared:
+            unit, wide = ROUNDINGS * torch.finfo(self.dtype).eps, None if context is None else context.double()
+            sides = (self.exact, there), (self.exact.inv, back)
+            self.shared[name] = [widen(transform, wide, known, unit) for transform, known in sides]
         cast = None if context is None else context.to(self.dtype)
-        return x.to(self.dtype), y.to(self.dtype), cast, *self.shared[self.dtype]
+        return x.to(self.dtype), y.to(self.dtype), cast, *self.shared[name]
 
     def _draw_probe(self) -> tuple[Tensor, Tensor, Tensor | None, Rounding, Rounding]:
         draw = TransformTrial(
@@ -360,9 +362,9 @@ class TransformTrial(Trial):
         wide = None if context is None else context.double()
         # Half of the y lie anywhere, half where the map puts points.
         there = draw.points(half).double(), None if wide is None else wide[half:]
-        y = torch.cat([draw.points(half, side="y"), self.exact.forward_and_log_det(*there)[0].detach().float()])
-        found = self.exact.inverse_and_log_det(y.double(), wide)[0].detach()
-        return x, y, context, measure(self.exact, x.double(), wide), measure(self.exact, found, wide)
+        image = self.exact.forward_and_log_det(*there)[0].detach().float()
+        y = torch.cat([draw.points(half, side="y"), image])
+        return x, y, context, measure(self.exact, x.double(), wide), measure(self.exact.inv, y.double(), wide)
 
 
 def is_real(constraint: constraints.Constraint) -> bool:

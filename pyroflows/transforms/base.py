@@ -220,6 +220,12 @@ class FlowTransform(TransformModule, ConditionalTransform):
         return self._inv  # type: ignore[return-value]
 
     @property
+    def sign(self) -> int:
+        """The sign of the Jacobian determinant, where a layer says it."""
+        # Not NotImplementedError, as in torch: torch.jit asks every module hasattr(module, "sign").
+        raise AttributeError(f"{type(self).__name__} does not say the sign of its Jacobian determinant.")
+
+    @property
     def event_size(self) -> int:
         """How many trailing dimensions of a tensor belong to one point, also where ``event_dim`` is 0."""
         return max(1, self.domain.event_dim)

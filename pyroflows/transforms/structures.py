@@ -21,7 +21,7 @@ __all__ = ["Autoregressive", "Coupling", "Elementwise"]
 class _Mapped(FlowTransform):
     """A layer made of a univariate map."""
 
-    sign = 1
+    sign = 1  # of a triangular Jacobian with a positive diagonal
 
     def __init__(self, map: UnivariateMap, input_dim: int, context_dim: int) -> None:
         super().__init__(context_dim)
