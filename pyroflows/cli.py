@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -112,7 +113,7 @@ def _keeps_the_laws(group: str, name: str) -> bool:
     from pyroflows import testing
 
     group = group.removeprefix("pyroflows.")
-    check = {
+    check: Callable[[str], object] = {
         "transforms": testing.check_transform,
         "distributions": testing.check_distribution,
         "guides": testing.check_guide,
