@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -113,7 +112,7 @@ def _keeps_the_laws(group: str, name: str) -> bool:
     from pyroflows import testing
 
     group = group.removeprefix("pyroflows.")
-    check: Callable[[str], object] = {
+    check: Any = {
         "transforms": testing.check_transform,
         "distributions": testing.check_distribution,
         "guides": testing.check_guide,

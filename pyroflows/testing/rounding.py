@@ -145,18 +145,18 @@ def measure(transform: FlowTransform, x: Tensor, context: Tensor | None = None) 
     )
 
 
-TRIES = 6
-"""How often a rounding error of each sign is tried."""
+TRIES = 32
+"""How many disturbances of each row are tried."""
 
 
 def _disturbed(
     chain: list[FlowTransform], z: Tensor, context: Tensor | None, unit: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """The image and the log-det when every intermediate result is off by ``unit``, with random signs."""
+    """The image and the log-det when every intermediate result is off by up to ``unit``."""
 
     def off(z: Tensor) -> Tensor:
-        signs = torch.randint(2, z.shape, generator=generator).to(z) * 2 - 1
-        return z + unit * signs * (1 + z.abs())
+        share = torch.rand(z.shape, generator=generator).to(z) * 2 - 1
+        return z + unit * share * (1 + z.abs())
 
     z, total = off(z), torch.zeros(len(z), dtype=z.dtype, device=z.device)
     for link in chain:
@@ -176,15 +176,22 @@ def widen(transform: FlowTransform, context: Tensor | None, known: Rounding, uni
     """
     generator = torch.Generator().manual_seed(0)
     forth, back = links(transform), links(transform.inv)
-    worst = [known.of_image, known.of_log_det, known.of_return, known.of_return_log_det]
-    for _ in range(TRIES):
-        with torch.no_grad():
-            image, log_det = _disturbed(forth, known.x, context, unit, generator)
-            found, undone = _disturbed(back, image, context, unit, generator)
-        moved = (image - known.y, log_det - known.log_det, found - known.x, undone + known.log_det)
-        for i, move in enumerate(moved):
-            size = move.abs().nan_to_num(torch.inf).reshape(len(move), -1).amax(-1)
-            worst[i] = torch.maximum(worst[i], size / unit)
+    many, at = known.x.repeat(TRIES, *(1,) * (known.x.dim() - 1)), None
+    if context is not None:
+        at = context.repeat(TRIES, 1)
+    with torch.no_grad():
+        image, log_det = _disturbed(forth, many, at, unit, generator)
+        found, undone = _disturbed(back, image, at, unit, generator)
+    pairs = (
+        (known.of_image, image, known.y),
+        (known.of_log_det, log_det, known.log_det),
+        (known.of_return, found, known.x),
+        (known.of_return_log_det, undone, -known.log_det),
+    )
+    worst = []
+    for first_order, moved, still in pairs:
+        size = (moved.reshape(TRIES, len(still), -1) - still.reshape(1, len(still), -1)).abs()
+        worst.append(torch.maximum(first_order, size.nan_to_num(torch.inf).amax((0, -1)) / unit))
     return replace(
         known, of_image=worst[0], of_log_det=worst[1], of_return=worst[2], of_return_log_det=worst[3]
     )
