@@ -44,6 +44,7 @@ nb_execution_raise_on_error = True
 nb_execution_timeout = 300
 nb_execution_in_temp = True
 nb_output_stderr = "remove"  # progress bars
+nb_merge_streams = True
 
 html_theme = "furo"
 html_title = f"pyroflows {__version__}"

@@ -642,14 +642,6 @@ def test_the_page_about_saving_is_right(tmp_path):
         assert f"`{field.name}`" in page
 
 
-@pytest.mark.parametrize("bound", [float("nan"), float("inf")])
-def test_a_support_with_an_endless_bound_is_refused(path, bound):
-    flow = pf.flow("nsf", input_dim=2)
-    flow.constrain(constraints.interval(0.0, bound))
-    with pytest.raises(errors.NotRebuildable, match=r"option support.*finite"):
-        pf.save(flow, path)
-
-
 def test_a_support_that_no_file_can_name(path):
     flow = pf.flow("nsf", input_dim=2, support=dist.constraints.softplus_positive)
     with pytest.raises(errors.NotRebuildable, match="support"):

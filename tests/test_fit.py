@@ -151,6 +151,7 @@ def test_N1_nan_rows_are_named():
         (lambda x: x[:2], errors.TooFewRows, "2 rows for 2 columns"),
         (lambda x: x * torch.tensor([1.0, 0.0]), errors.ConstantColumn, "column 1 of x is constant"),
         (lambda x: [["a", 1.0], ["b", 2.0], ["c", 3.0], ["d", 1.0]], errors.NotNumeric, "str 'a' at row 0, column 0"),
+        (lambda x: [[1.0, 2.0], [3.0, "heavy"], [1.0, 4.0]], errors.NotNumeric, "str 'heavy' at row 1, column 1"),
         (lambda x: [[1.0, 2.0], [3.0]], errors.DataError, "ragged"),
         (lambda x: x.to(torch.complex64), errors.NotNumeric, "complex"),
         (lambda x: x.double() * 1e300, errors.NonFiniteData, "overflows torch.float32 at row 0"),

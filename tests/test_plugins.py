@@ -65,7 +65,7 @@ show([names, loaded, len(infos)])
     names, loaded, count = run(code, *everything)
     assert loaded == []
     assert count > 20
-    assert {"affine", "spline_coupling", "acme_sinh", "no_import", "number"} <= set(names["transforms"])
+    assert {"affine", "spline_coupling", "acme_gain", "no_import", "number"} <= set(names["transforms"])
     assert {"nsf", "maf", "tide"} <= set(names["pyroflows.distributions"])
     assert "drift" in names["guides"]
     assert all(listed == sorted(listed) for listed in names.values())
@@ -354,7 +354,7 @@ show([plugins.available("transforms"), attempt(plugins.get, "transforms", "numbe
 """
     names, error = run(code, *everything, PYROFLOWS_DISABLE_PLUGINS="1")
     assert {"affine", "spline"} <= set(names)
-    assert not {"number", "wave", "acme_sinh"} & set(names)
+    assert not {"number", "wave", "acme_gain"} & set(names)
     assert error == [
         "PluginBlocked",
         'transform "number" of wrong 0.1 is switched off: PYROFLOWS_DISABLE_PLUGINS is set.',
@@ -546,7 +546,7 @@ show(race(lambda: plugins.get("transforms", "nested").__name__, plain, lambda: b
 # --- P11: trust ------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", ["os:system", "broken_import:Map", "acme-flows:acme_sinh", "../wave", "os.system"])
+@pytest.mark.parametrize("name", ["os:system", "broken_import:Map", "acme-flows:acme_gain", "../wave", "os.system"])
 def test_P11_a_name_is_never_an_import_path(acme, name):
     """Neither a module that is there nor a package that is not: a name only looks entries up."""
     code = f"""
@@ -682,14 +682,14 @@ def test_documented_example_is_a_real_plugin(sites):
     code = """
 import torch
 import pyroflows as pf
-layer = pf.transform("acme_sinh", input_dim=3)
-given = pf.transform("acme_sinh", input_dim=3, context_dim=2)
+layer = pf.transform("acme_gain", input_dim=3)
+given = pf.transform("acme_gain", input_dim=3, context_dim=2)
 x = torch.randn(5, 3)
 with torch.no_grad():
     layer.a.add_(0.3), layer.b.sub_(0.2)
 y, forward = layer.forward_and_log_det(x)
 back, inverse = layer.inverse_and_log_det(y)
-pf.testing.check_transform("acme_sinh")
+pf.testing.check_transform("acme_gain")
 close = torch.allclose(back, x, atol=1e-5), torch.allclose(forward, -inverse, atol=1e-5)
 conditioned = given.condition(torch.ones(4, 2))
 show([close, isinstance(layer, pf.FlowTransform), layer.config.distribution, conditioned(x[:4]).shape])

@@ -89,7 +89,7 @@ def _search(
     f: Increasing, y: Tensor, start: Tensor | None, max_steps: int, tol: float | None
 ) -> tuple[Tensor, Tensor, int, Tensor]:
     eps = torch.finfo(y.dtype).eps
-    accepted = 4 * eps * y.abs() if tol is None else tol * (1 + y.abs())
+    accepted = 4 * eps * y.abs() + torch.finfo(y.dtype).tiny if tol is None else tol * (1 + y.abs())
     given = torch.isfinite(y)
     target = torch.where(given, y, torch.zeros_like(y))
     x = target if start is None else start.expand_as(y).to(y.dtype)

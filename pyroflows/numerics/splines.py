@@ -43,7 +43,8 @@ class _Bin(NamedTuple):
 
 def _knots(logits: Tensor, bound: float) -> tuple[Tensor, Tensor]:
     """Bin sizes and left edges, ``[..., K]`` each."""
-    share = MIN_BIN + (1 - MIN_BIN * logits.shape[-1]) * logits.softmax(-1)
+    bins = int(logits.shape[-1])  # torch.jit traces a size as a tensor, and would multiply in float32
+    share = MIN_BIN + (1 - MIN_BIN * bins) * logits.softmax(-1)
     edges = pad(share[..., :-1].cumsum(-1), (1, 0))
     return 2 * bound * share, bound * (2 * edges - 1)
 

@@ -18,7 +18,7 @@ from pyroflows.testing.distribution_laws import DISTRIBUTION_LAWS, FlowTrial
 from pyroflows.testing.guide_laws import GUIDE_LAWS, GuideTrial
 from pyroflows.testing.report import Report
 from pyroflows.testing.transform_laws import TRANSFORM_LAWS
-from pyroflows.testing.trial import MANY, Broken, Case, Law, TransformTrial, Trial, isolated, perturb
+from pyroflows.testing.trial import MANY, Broken, Case, Law, TransformTrial, Trial, is_real, isolated, perturb
 from pyroflows.transforms import FlowTransform
 
 __all__ = [
@@ -144,7 +144,8 @@ def check_guide(
         LawViolation: a law is broken. The message lists the violations and how to see each again.
         OptionError: there is no such law.
     """
-    label, factory, own = guide, guide, ({},)
+    label, factory = guide, guide
+    own: Sequence[Mapping[str, Any]] = ({},)
     if isinstance(guide, str):
         factory, own = partial(plugins.guide, guide), getattr(plugins.get("guides", guide), "variants", own)
     else:
@@ -252,7 +253,8 @@ def _own_shape(transform: FlowTransform) -> tuple[int, ...]:
         dim = transform.config.input_dim
         return (dim,) if isinstance(dim, int) else tuple(dim)
     context = torch.zeros(transform.context_dim) if transform.context_dim else None
-    shapes = [tuple(module.event_shape) for module in transform.modules() if hasattr(module, "event_shape")]
+    declared = [getattr(module, "event_shape", None) for module in transform.modules()]
+    shapes: list[tuple[int, ...]] = [tuple(shape) for shape in declared if isinstance(shape, torch.Size)]
     shapes += [(width,) for width in range(1, 257)]
     shapes += [(i, j) for i in range(1, 9) for j in range(1, 9)]
     for shape in shapes:
@@ -276,10 +278,12 @@ def _trials(group: str, dtypes: Sequence[torch.dtype]) -> Trials:
         ]
 
     def of_flow(case: Case, subject: Any, rebuild: Callable[[], Any] | None, report: Report) -> list[Trial]:
-        anew = None if rebuild is None else lambda: rebuild().transform
+        # The map to a support is torch's; what was learned stays in the unconstrained space.
+        part = "transform" if is_real(subject.support) else "learned"
+        anew = None if rebuild is None else lambda: getattr(rebuild(), part)
         shape, shared = tuple(subject.base().event_shape), {}  # type: ignore[var-annotated]
         parts: list[Trial] = [
-            TransformTrial(case, subject.transform, anew, dtype, report, event_shape=shape, shared=shared)
+            TransformTrial(case, getattr(subject, part), anew, dtype, report, event_shape=shape, shared=shared)
             for dtype in dtypes
         ]
         return [FlowTrial(case, subject, rebuild, dtype, report) for dtype in dtypes] + parts

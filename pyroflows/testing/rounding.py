@@ -165,6 +165,19 @@ def _disturbed(
     return z, total
 
 
+def _there_and_back(
+    forth: list[FlowTransform],
+    back: list[FlowTransform],
+    x: Tensor,
+    context: Tensor | None,
+    unit: float,
+    generator: torch.Generator,
+) -> tuple[Tensor, ...]:
+    image, log_det = _disturbed(forth, x, context, unit, generator)
+    found, undone = _disturbed(back, image, context, unit, generator)
+    return image, log_det, found, undone
+
+
 def widen(transform: FlowTransform, context: Tensor | None, known: Rounding, unit: float) -> Rounding:
     """The rounding, at least what intermediate results that are off by ``unit`` do.
 
@@ -179,19 +192,13 @@ def widen(transform: FlowTransform, context: Tensor | None, known: Rounding, uni
     many, at = known.x.repeat(TRIES, *(1,) * (known.x.dim() - 1)), None
     if context is not None:
         at = context.repeat(TRIES, 1)
+    # Against the same computations undisturbed, and not against the truth: an error must not excuse itself.
     with torch.no_grad():
-        image, log_det = _disturbed(forth, many, at, unit, generator)
-        found, undone = _disturbed(back, image, at, unit, generator)
-    pairs = (
-        (known.of_image, image, known.y),
-        (known.of_log_det, log_det, known.log_det),
-        (known.of_return, found, known.x),
-        (known.of_return_log_det, undone, -known.log_det),
-    )
+        moved = _there_and_back(forth, back, many, at, unit, generator)
+        still = _there_and_back(forth, back, known.x, context, 0.0, generator)
+    first_order = (known.of_image, known.of_log_det, known.of_return, known.of_return_log_det)
     worst = []
-    for first_order, moved, still in pairs:
-        size = (moved.reshape(TRIES, len(still), -1) - still.reshape(1, len(still), -1)).abs()
-        worst.append(torch.maximum(first_order, size.nan_to_num(torch.inf).amax((0, -1)) / unit))
-    return replace(
-        known, of_image=worst[0], of_log_det=worst[1], of_return=worst[2], of_return_log_det=worst[3]
-    )
+    for known_to_move, there, here in zip(first_order, moved, still, strict=True):
+        size = (there.reshape(TRIES, len(here), -1) - here.reshape(1, len(here), -1)).abs()
+        worst.append(torch.maximum(known_to_move, size.nan_to_num(torch.inf).amax((0, -1)) / unit))
+    return replace(known, of_image=worst[0], of_log_det=worst[1], of_return=worst[2], of_return_log_det=worst[3])

@@ -15,7 +15,7 @@ from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform
 
-from pyroflows.errors import PyroflowsError
+from pyroflows.errors import InverseNotConverged, PyroflowsError
 from pyroflows.testing.memo_laws import memo
 from pyroflows.testing.rounding import measure
 from pyroflows.testing.trial import (
@@ -35,6 +35,7 @@ from pyroflows.transforms import Compose, FlowTransform
 __all__ = ["TRANSFORM_LAWS"]
 
 BATCHES: tuple[tuple[int, ...], ...] = ((), (1,), (7,), (3, 5), (0,), (2, 0))
+HUGE = 2e20
 LARGE = (1e20, -1e20, 1e38, -1e38)
 SMALL = (0.0, -0.0, 1e-45, -1e-40, 1.5e-38)
 DIRECTIONS = (("forward_and_log_det", "x"), ("inverse_and_log_det", "y"))
@@ -63,10 +64,11 @@ def log_det(trial: TransformTrial) -> None:
     t, tol, n = trial.transform, LOG_DET[trial.dtype], len(x)
     double = torch.finfo(torch.float64).eps / torch.finfo(trial.dtype).eps
     forward, inverse = (
-        getattr(t, method)(x if side == "x" else y, context)[1].reshape(n, -1).sum(-1)
-        for method, side in DIRECTIONS
+        getattr(t, method)(x if side == "x" else y, context)[1].reshape(n, -1).sum(-1) for method, side in DIRECTIONS
     )
     for name, found, at in (("forward", forward, there), ("inverse", inverse, back)):
+        flat = at.true_log_det.isinf() & (found > -300)
+        trial.require(not bool(flat.any()), f"the {name} Jacobian is singular where the log-det says otherwise")
         scale = at.of_log_det + double * at.of_true_log_det
         trial.close(f"{name} log-det and slogdet of the Jacobian", found, at.true_log_det, tol, scale)
     image = there.y.to(trial.dtype)
@@ -251,7 +253,7 @@ def shapes(trial: TransformTrial) -> None:
             for what, one, other in zip(("result", "log-det"), got, want, strict=True):
                 name = f"{what} of {method} for batch {batch} and context batch {context_batch}"
                 trial.require(one.shape == other.shape, f"{name}: shape {tuple(one.shape)}, not {tuple(other.shape)}")
-                trial.close(name, one.flatten(), other.flatten(), VALUE[trial.dtype], 10 * (1 + other.abs().flatten()))
+                trial.close(name, one.flatten(), other.flatten(), VALUE[trial.dtype], 300 * (1 + other.abs().flatten()))
 
 
 def rows(trial: TransformTrial) -> None:
@@ -268,7 +270,7 @@ def rows(trial: TransformTrial) -> None:
         alone = [run(point[i : i + 1], None if context is None else context[i : i + 1]) for i in range(n)]
         shuffled = run(point[order], None if context is None else context[order])
         crowd = torch.cat([point, trial.points(37, side=side)])
-        crowded = run(crowd, None if context is None else torch.cat([context, trial.contexts(37)]))  # type: ignore[list-item]
+        crowded = run(crowd, None if context is None else torch.cat([context, trial.contexts(37)]))
         for part, (what, scale) in enumerate(zip(("result", "log-det"), scales, strict=True)):
             whole = together[part]
             trial.close_rows(
@@ -316,7 +318,11 @@ def extreme_inputs(trial: TransformTrial) -> None:
         bad = bad[legal]
         ill = torch.tensor([torch.nan, torch.inf, -torch.inf], dtype=trial.dtype, device=trial.device)
         ill = torch.where(first, ill.reshape(-1, *(1,) * len(event)), good[:1].expand(3, *event))
-        _mixed(trial, t, method, good, bad, ill, context, (scale, log_scale))
+        try:
+            _mixed(trial, t, method, good, bad, ill, context, (scale, log_scale))
+        except InverseNotConverged:  # a search may refuse what lies beyond the dtype's range, and nothing else
+            bad = bad[bad.flatten(1).abs().amax(-1) <= HUGE]
+            _mixed(trial, t, method, good, bad, ill, context, (scale, log_scale))
 
 
 def _mixed(
@@ -338,16 +344,18 @@ def _mixed(
     want = run(good, context)
     finite = torch.cat([good, bad])
     got = run(finite, contexts(m))
-    moderate = finite.flatten(1).abs().amax(-1) <= 2e20
+    moderate = finite.flatten(1).abs().amax(-1) <= HUGE
     true = want if trial.dtype == torch.float64 else _in_float64(trial, method, finite, contexts(m))
-    usable = moderate.clone()
+    # Where the true result is beyond the dtype's range, no finite number would be right.
+    fits = torch.ones_like(moderate)
+    if trial.dtype != torch.float64:
+        limit = torch.finfo(trial.dtype).max / 8
+        fits = torch.stack([(part.reshape(n + m, -1).abs() < limit).all(-1) for part in true]).all(0)
+    # A gradient may be larger than its result by what the parameters do: room is left for that.
+    usable = moderate & (got[0].detach().reshape(n + m, -1).abs() < torch.finfo(trial.dtype).max / 1e8).all(-1)
     for part, what in enumerate(("result", "log-det")):
         trial.close_rows(f"{what} of {method} beside extreme rows", got[part][:n], want[part], scales[part])
         flat = got[part].detach().reshape(n + m, -1)
-        # Where the true result is beyond the dtype's range, no finite number would be right.
-        fits = torch.ones_like(moderate)
-        if trial.dtype != torch.float64:
-            fits = (true[part].reshape(n + m, -1).abs() < torch.finfo(trial.dtype).max / 8).all(-1)
         for fault, which in (
             ("NaN", flat.isnan().any(-1) & fits),
             ("infinite", flat.isinf().any(-1) & fits & moderate),
@@ -546,9 +554,9 @@ def meta(trial: TransformTrial) -> None:
         trial.require(held.is_meta, f'a tensor {tuple(held.shape)} stays on {held.device} after .to("meta")')
     x, y, context, _, _ = trial.probe
     cast = None if context is None else context.to("meta")
+    if t.inverse == "numeric":
+        return  # a search looks at its numbers
     for method, side in DIRECTIONS:
-        if method.startswith("inverse") and t.inverse == "numeric":
-            continue  # a search looks at its numbers
         point = x if side == "x" else y
         for got, want in zip(
             getattr(t, method)(point.to("meta"), cast), getattr(trial.transform, method)(point, context), strict=True
@@ -630,7 +638,9 @@ def protocol(trial: TransformTrial) -> None:
     t = trial.transform
     x, y, context, _, _ = trial.probe
     at = t if context is None else t.condition(context)
-    trial.require(isinstance(t, ConditionalTransform) and getattr(t, "bijective", False), "not a bijective ConditionalTransform")
+    trial.require(
+        isinstance(t, ConditionalTransform) and getattr(t, "bijective", False), "not a bijective ConditionalTransform"
+    )
     for name, cached in (
         ("with_cache(0)", t.with_cache(0)),
         ("with_cache(1)", t.with_cache(1)),

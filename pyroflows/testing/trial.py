@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributions import Transform, biject_to, constraints
 
+from pyroflows.plugins import Config
 from pyroflows.testing.report import Report
 from pyroflows.testing.rounding import Rounding, measure, widen
 from pyroflows.transforms import FlowTransform
@@ -157,8 +158,8 @@ def held_tensors(module: nn.Module) -> list[Tensor]:
         def persistent_id(self, item: Any) -> str | None:
             if isinstance(item, Tensor):
                 found.append(item)
-                return "tensor"
-            return None
+            # How an object was built computes nothing, wherever its tensors are.
+            return "left out" if isinstance(item, Tensor | Config) else None
 
     Finder(io.BytesIO()).dump(module)
     return found
@@ -180,8 +181,8 @@ class Trial:
     def __init__(
         self,
         case: Case,
-        subject: nn.Module,
-        rebuild: Callable[[], nn.Module] | None,
+        subject: Any,
+        rebuild: Callable[[], Any] | None,
         dtype: torch.dtype,
         report: Report,
     ) -> None:
@@ -325,7 +326,7 @@ class TransformTrial(Trial):
         points = to_domain(self.random(*to_domain.inverse_shape(shape)).double() * spread)
         return points.float().to(self.dtype) if constraint.event_dim == 0 else points.to(self.dtype)
 
-    def contexts(self, *batch: int) -> Tensor | None:
+    def contexts(self, *batch: int) -> Any:
         """Random contexts ``[*batch, context_dim]``, or ``None`` without one."""
         return self.random(*batch, self.context_dim) if self.context_dim else None
 

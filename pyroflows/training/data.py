@@ -35,6 +35,8 @@ def _as_tensor(value: Any, what: str) -> Tensor:
         array = np.asarray(value)
     except ValueError as error:
         raise DataError(f"{what} is ragged: its rows have different lengths ({error}).") from error
+    if array.dtype.kind in "US":
+        array = np.asarray(value, dtype=object)  # numpy makes text of the numbers beside text
     if array.dtype.kind not in "biuf":
         rows, columns = [], []
         for index, entry in np.ndenumerate(array):

@@ -147,7 +147,7 @@ class FlowTransform(TransformModule, ConditionalTransform):
         self._shapes = {name: value.shape for name, value in initial.items()}
         if self.context_dim == 0:
             for name, value in initial.items():
-                self.register_parameter(name, nn.Parameter(value))
+                self.register_parameter(name, nn.Parameter(value.clone()))
             return
         size = sum(shape.numel() for shape in self._shapes.values())
         self.conditioner = MLP(0, size, hidden_dims=hidden_dims, context_dim=self.context_dim, activation=activation)
