@@ -30,7 +30,7 @@ class FlowDistribution(dist.TransformedDistribution):
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The log-density ``[*sample, *batch]`` in nats of ``value`` ``[*sample, *batch, *event]``."""
-        if self._validate_args:
+        if self._validate_args and value.numel():  # torch's constraints cannot look at an empty batch
             self._validate_sample(value)
         return self._score(*self._transform.invert(value))
 
@@ -53,7 +53,9 @@ class FlowDistribution(dist.TransformedDistribution):
 
     def _score(self, x: Tensor, log_det: Tensor) -> Tensor:
         event_dim = len(self.event_shape)
-        log_prob = sum_last(self.base_dist.log_prob(x), event_dim - len(self.base_dist.event_shape))
+        base_dim = len(self.base_dist.event_shape)
+        base = self.base_dist.log_prob(x) if x.numel() else sum_last(x, base_dim)  # Independent needs a row
+        log_prob = sum_last(base, event_dim - base_dim)
         return log_prob + sum_last(log_det, event_dim - self._transform.domain.event_dim)
 
 

@@ -31,6 +31,8 @@ __all__ = [
     "check_transform",
 ]
 
+FLOW_LAWS = (*DISTRIBUTION_LAWS, *(law for law in TRANSFORM_LAWS if law.name != "memo"))
+"""The laws of a flow: its own, and those of its transform but the one that `fresh_scores` is the twin of."""
 Dim = int | tuple[int, ...]
 Trials = Callable[[Case, Any, Callable[[], Any] | None, Report], list[Trial]]
 DTYPES = (torch.float32, torch.float64)
@@ -38,6 +40,8 @@ DECLINES = (OptionError, ShapeError, ContextError)
 SHARE = 0.5
 """The share of the numbers of a law that must have digits left, over a whole run."""
 
+UNCOUNTED = ("extreme_parameters",)
+"""Laws made for maps that may be too ill-conditioned to compare anything."""
 MODERATE = 0.2
 """The largest scale at which a density is put on a grid; beyond, it soon is too narrow for any."""
 
@@ -118,8 +122,7 @@ def check_distribution(
         True
     """
     source = _source("distributions", "check_distribution", flow, variants)
-    laws_of_both = (*DISTRIBUTION_LAWS, *TRANSFORM_LAWS)
-    return _run(source, laws_of_both, laws, input_dims, context_dims, scales, dtypes, seed)
+    return _run(source, FLOW_LAWS, laws, input_dims, context_dims, scales, dtypes, seed)
 
 
 def check_guide(
@@ -190,7 +193,7 @@ def check(
     """
     options: dict[str, Any] = {"seed": seed, "laws": laws}
     if isinstance(obj, FlowTransform | Flow):
-        known = TRANSFORM_LAWS if isinstance(obj, FlowTransform) else (*DISTRIBUTION_LAWS, *TRANSFORM_LAWS)
+        known = TRANSFORM_LAWS if isinstance(obj, FlowTransform) else FLOW_LAWS
         group = "transforms" if isinstance(obj, FlowTransform) else "distributions"
         return _run(_source(group, "check", obj, None), known, laws, (), (), (0.0, 0.1, 0.5), dtypes, seed)
     if isinstance(obj, type) or callable(getattr(obj, "setup", None)):
@@ -383,7 +386,8 @@ def _try(law: Law, trial: Trial) -> None:
 def _verdict(report: Report) -> Report:
     for name, tally in report.tallies.items():
         total = tally.checked + tally.skipped
-        if total >= MANY and tally.checked < SHARE * total:
+        # At pre-activations of 200 a stack of layers is finite, which is always checked, and rarely has digits left.
+        if total >= MANY and tally.checked < SHARE * total and name != "extreme_parameters":
             text = f"only {tally.checked} of {total} numbers have any digit left to compare"
             report.violate(name, f"  {name}: {text}")
     if not report.draws:

@@ -6,7 +6,7 @@ import copy
 import functools
 import pickle
 from collections.abc import Callable
-from math import isfinite
+from math import isfinite, log
 from typing import Any
 
 import pyro.distributions as dist
@@ -14,6 +14,7 @@ import torch
 from pyro.distributions.conditional import ConditionalTransform
 from torch import Tensor, nn
 from torch.distributions import ComposeTransform
+from torch.distributions.transforms import AffineTransform
 
 from pyroflows.errors import InverseNotConverged, PyroflowsError
 from pyroflows.testing.memo_laws import memo
@@ -267,14 +268,18 @@ def rows(trial: TransformTrial) -> None:
         scales = (there.of_image, there.of_log_det) if side == "x" else (back.of_image, back.of_log_det)
         run: Callable[[Tensor, Tensor | None], Pair] = getattr(t, method)
         together = run(point, context)
-        alone = [run(point[i : i + 1], None if context is None else context[i : i + 1]) for i in range(n)]
+        few = list(range(0, n, 4))
+        alone = [run(point[i : i + 1], None if context is None else context[i : i + 1]) for i in few]
         shuffled = run(point[order], None if context is None else context[order])
         crowd = torch.cat([point, trial.points(37, side=side)])
         crowded = run(crowd, None if context is None else torch.cat([context, trial.contexts(37)]))
         for part, (what, scale) in enumerate(zip(("result", "log-det"), scales, strict=True)):
             whole = together[part]
             trial.close_rows(
-                f"{what} of {method} of a row alone and among others", torch.cat([a[part] for a in alone]), whole, scale
+                f"{what} of {method} of a row alone and among others",
+                torch.cat([a[part] for a in alone]),
+                whole[few],
+                scale[few],
             )
             trial.close_rows(f"{what} of {method} of shuffled rows", shuffled[part], whole[order], scale[order])
             trial.close_rows(f"{what} of {method} with more rows", crowded[part][:n], whole, scale)
@@ -397,7 +402,7 @@ def _in_float64(trial: TransformTrial, method: str, point: Tensor, context: Tens
 
 
 def extreme_parameters(trial: TransformTrial) -> None:
-    """Pre-activations of +-200: everything stays finite, and the map invertible."""
+    """Pre-activations of +-200: everything stays finite that the dtype can hold, and the map invertible."""
     for sign in (1.0, -1.0, 0.0):
         t = trial.fresh().eval()
         with torch.no_grad():
@@ -407,21 +412,32 @@ def extreme_parameters(trial: TransformTrial) -> None:
                         signs = sign or torch.sign(trial.random(*parameter.shape))
                         parameter.copy_(torch.as_tensor(200.0 * signs, dtype=parameter.dtype).expand(parameter.shape))
         x, y, context, _, _ = trial.probe
+        at = f"pre-activations {'of random signs' if sign == 0 else f'{200 * sign:+g}'}"
         for method, side in DIRECTIONS:
             point = (x if side == "x" else y).clone().requires_grad_()
-            image, log_det = getattr(t, method)(point, context)
-            name = "random signs" if sign == 0 else f"{200 * sign:+g}"
-            for what, value in (("result", image), ("log-det", log_det)):
-                trial.require(
-                    bool(value.isfinite().all()), f"{what} of {method} is not finite at pre-activations {name}"
-                )
-            grads = torch.autograd.grad(image.sum() + log_det.sum(), [point, *t.parameters()], allow_unused=True)
-            trial.require(
-                all(bool(g.isfinite().all()) for g in grads if g is not None),
-                f"a gradient of {method} is not finite at pre-activations {name}",
-            )
+            parts = getattr(t, method)(point, context)
+            fits = _representable(trial, t, method, point, context)
+            for what, value in zip(("result", "log-det"), parts, strict=True):
+                finite = value.isfinite().reshape(len(x), -1).all(-1) | ~fits
+                trial.require(bool(finite.all()), f"{what} of {method} is not finite at {at}")
+            if bool(fits.all()):
+                total = parts[0].sum() + parts[1].sum()
+                grads = torch.autograd.grad(total, [point, *t.parameters()], allow_unused=True)
+                finite = [grad is None or bool(grad.isfinite().all()) for grad in grads]
+                trial.require(all(finite), f"a gradient of {method} is not finite at {at}")
         if trial.dtype == torch.float64:
             _still_invertible(trial, t, x, context)
+
+
+def _representable(trial: TransformTrial, t: Any, method: str, point: Tensor, context: Tensor | None) -> Tensor:
+    """The rows whose true result, computed in float64, the dtype can hold with room for its gradient."""
+    if trial.dtype == torch.float64:
+        return torch.ones(len(point), dtype=torch.bool, device=point.device)
+    with torch.no_grad():
+        wide = None if context is None else context.double()
+        parts = getattr(copy.deepcopy(t).double(), method)(point.detach().double(), wide)
+    limit = torch.finfo(trial.dtype).max / 1e8
+    return torch.stack([(part.abs() < limit).reshape(len(point), -1).all(-1) for part in parts]).all(0)
 
 
 def _still_invertible(trial: TransformTrial, t: Any, x: Tensor, context: Tensor | None) -> None:
@@ -660,15 +676,19 @@ def protocol(trial: TransformTrial) -> None:
     trial.close("log_prob of pyro.distributions.TransformedDistribution", plain.log_prob(y), summed, tol, unit)
     torch_plain = torch.distributions.TransformedDistribution(base, [at], validate_args=False)
     trial.close("log_prob of torch.distributions.TransformedDistribution", torch_plain.log_prob(y), summed, tol, unit)
+    # Twice a number is exact, so that the layer is handed the very same points.
+    twice, doubling = AffineTransform(0.0, 2.0), size(trial.y_event_shape) * log(2)
     compositions: dict[str, Any] = {
-        "ComposeTransformModule": dist.transforms.ComposeTransformModule([at, at.inv, at]),
-        "ComposeTransform": ComposeTransform([at, at.inv, at]),
+        "ComposeTransformModule": dist.transforms.ComposeTransformModule([at, twice]),
+        "ComposeTransform": ComposeTransform([at, twice]),
         "iterated": dist.transforms.iterated(1, lambda: at),
     }
+    if t.domain.event_dim == 0:
+        doubling = log(2)
     for name, composition in compositions.items():
-        trial.close(
-            f"log_prob through {name}", dist.TransformedDistribution(base, [composition]).log_prob(y), summed, tol, unit
-        )
+        through = dist.TransformedDistribution(base, [composition])
+        score = through.log_prob(y) if name == "iterated" else through.log_prob(2 * y) + doubling
+        trial.close(f"log_prob through {name}", score, summed, tol, unit)
     held = list(compositions["ComposeTransformModule"].parameters())
     trial.require({id(p) for p in held} == {id(p) for p in t.parameters()}, "ComposeTransformModule loses parameters")
     inverted = dist.TransformedDistribution(base, [at.inv])
@@ -701,7 +721,8 @@ def _shapes_under_pyro(trial: TransformTrial, t: Any, at: Any, plain: Any) -> No
     wide = plain.expand((4, *batch, *kept))
     trial.require(tuple(wide.rsample().shape) == (4, *batch, *event), "expand does not reach the samples")
     flat = sample.reshape(-1, size(event))
-    trial.require(len(flat.unique(dim=0)) == len(flat), "two rows share their noise")
+    if trial.dtype == torch.float64:  # in float32 a flat slope makes equal rows of different noise
+        trial.require(len(flat.unique(dim=0)) == len(flat), "two rows share their noise")
 
 
 # --- claims ----------------------------------------------------------------------------------------------
