@@ -49,6 +49,7 @@ def stack(input_dim, *, context_dim=0):
     return Compose([autoregressive(input_dim, context_dim=context_dim).inv, Elementwise(Affine(), input_dim)])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("factory", [elementwise, coupling, autoregressive, stack])
 def test_laws(factory):
     report = check_transform(factory, input_dims=(1, 3), scales=(0.5, 2.0))
