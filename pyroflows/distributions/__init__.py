@@ -2,7 +2,7 @@
 
 from pyroflows.distributions.base import Base, standard_normal
 from pyroflows.distributions.flow import Flow, FlowDistribution, Standardize
-from pyroflows.distributions.recipes import iaf, maf, nice, nsf, realnvp
+from pyroflows.distributions.recipes import iaf, maf, nice, nsf, planar, radial, realnvp, sylvester
 
 __all__ = [
     "Base",
@@ -13,6 +13,9 @@ __all__ = [
     "maf",
     "nice",
     "nsf",
+    "planar",
+    "radial",
     "realnvp",
     "standard_normal",
+    "sylvester",
 ]

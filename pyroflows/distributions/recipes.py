@@ -19,12 +19,15 @@ from pyroflows.transforms import (
     Elementwise,
     FlowTransform,
     LULinear,
+    Planar,
+    Radial,
     Spline,
+    Sylvester,
     UnivariateMap,
     with_variants,
 )
 
-__all__ = ["iaf", "maf", "nice", "nsf", "realnvp"]
+__all__ = ["iaf", "maf", "nice", "nsf", "planar", "radial", "realnvp", "sylvester"]
 
 
 def _stack(
@@ -63,6 +66,12 @@ def _couplings(map: UnivariateMap, input_dim: int, **network: Any) -> Callable[[
 
 def _autoregressions(map: UnivariateMap, input_dim: int, **network: Any) -> Callable[[int], FlowTransform]:
     return lambda i: Autoregressive(map, input_dim, order=_order(input_dim, i), **network)
+
+
+def _directed(layer: Callable[[int], FlowTransform], direction: str) -> Callable[[int], FlowTransform]:
+    if direction not in ("score", "sample"):
+        raise OptionError(f'direction must be "score" or "sample", got {direction!r}.')
+    return layer if direction == "sample" else lambda i: layer(i).inv
 
 
 def maf(
@@ -181,8 +190,7 @@ def nsf(
         layer = _couplings(Spline(bins, bound), input_dim, **network)
         return _stack(layer, input_dim, transforms, linear, support)
     layer = _autoregressions(Spline(bins, bound), input_dim, **network)
-    fast = (lambda i: layer(i).inv) if direction == "score" else layer
-    return _stack(fast, input_dim, transforms, linear, support)
+    return _stack(_directed(layer, direction), input_dim, transforms, linear, support)
 
 
 def realnvp(
@@ -250,3 +258,128 @@ def nice(
     layer = _couplings(Additive(), input_dim, **network)
     scale = Elementwise(Affine(), input_dim, context_dim=context_dim, hidden_dims=hidden_dims)
     return _stack(layer, input_dim, transforms, linear, support, last=scale)
+
+
+def planar(
+    input_dim: int,
+    *,
+    context_dim: int = 0,
+    transforms: int = 16,
+    direction: Literal["sample", "score"] = "sample",
+    hidden_dims: Sequence[int] = (128, 128),
+    activation: Activation = "relu",
+    linear: bool = False,
+    support: Support | None = None,
+) -> Flow:
+    """Planar flow: each layer pushes along one direction (arXiv:1505.05770).
+
+    Each layer has ``2 input_dim + 1`` parameters, so it takes many of them.
+
+    Args:
+        input_dim: the number of coordinates.
+        context_dim: the width of the context.
+        transforms: the number of layers.
+        direction: which direction is the formula of the layers; the other one is as exact.
+        hidden_dims: the hidden widths of the networks that read the context, if there is one.
+        activation: their activation.
+        linear: put an `LULinear` layer before each.
+        support: where the data live, if not on all real vectors.
+
+    Raises:
+        OptionError: an option has a value that it cannot take.
+
+    Example:
+        >>> planar(3)().rsample((4,)).shape
+        torch.Size([4, 3])
+    """
+    network: dict[str, Any] = {"context_dim": context_dim, "hidden_dims": hidden_dims, "activation": activation}
+
+    def layer(i: int) -> FlowTransform:
+        return Planar(input_dim, **network)
+
+    return _stack(_directed(layer, direction), input_dim, transforms, linear, support)
+
+
+def radial(
+    input_dim: int,
+    *,
+    context_dim: int = 0,
+    transforms: int = 16,
+    direction: Literal["sample", "score"] = "sample",
+    hidden_dims: Sequence[int] = (128, 128),
+    activation: Activation = "relu",
+    linear: bool = False,
+    support: Support | None = None,
+) -> Flow:
+    """Radial flow: each layer pushes away from one centre or towards it (arXiv:1505.05770).
+
+    Each layer has ``input_dim + 2`` parameters, so it takes many of them.
+
+    Args:
+        input_dim: the number of coordinates.
+        context_dim: the width of the context.
+        transforms: the number of layers.
+        direction: which direction is the formula of the layers; the other one is as exact.
+        hidden_dims: the hidden widths of the networks that read the context, if there is one.
+        activation: their activation.
+        linear: put an `LULinear` layer before each.
+        support: where the data live, if not on all real vectors.
+
+    Raises:
+        OptionError: an option has a value that it cannot take.
+
+    Example:
+        >>> radial(3)().rsample((4,)).shape
+        torch.Size([4, 3])
+    """
+    network: dict[str, Any] = {"context_dim": context_dim, "hidden_dims": hidden_dims, "activation": activation}
+
+    def layer(i: int) -> FlowTransform:
+        return Radial(input_dim, **network)
+
+    return _stack(_directed(layer, direction), input_dim, transforms, linear, support)
+
+
+def sylvester(
+    input_dim: int,
+    *,
+    context_dim: int = 0,
+    transforms: int = 5,
+    width: int | None = None,
+    factor: Literal["householder", "orthogonal", "triangular"] = "householder",
+    direction: Literal["sample", "score"] = "sample",
+    hidden_dims: Sequence[int] = (128, 128),
+    activation: Activation = "relu",
+    linear: bool = False,
+    support: Support | None = None,
+) -> Flow:
+    """Sylvester flow: each layer pushes along several directions at once (arXiv:1803.05649).
+
+    Householder, orthogonal and triangular factors, of any width up to ``input_dim``.
+
+    Args:
+        input_dim: the number of coordinates.
+        context_dim: the width of the context.
+        transforms: the number of layers.
+        width: how many directions a layer has; default ``input_dim``.
+        factor: how the directions are made, see `Sylvester`; the coordinates of ``"triangular"`` layers turn round.
+        direction: which direction is the formula of the layers; the other one is as exact.
+        hidden_dims: the hidden widths of the networks that read the context, if there is one.
+        activation: their activation.
+        linear: put an `LULinear` layer before each.
+        support: where the data live, if not on all real vectors.
+
+    Raises:
+        OptionError: an option has a value that it cannot take.
+
+    Example:
+        >>> sylvester(3)().rsample((4,)).shape
+        torch.Size([4, 3])
+    """
+    network: dict[str, Any] = {"context_dim": context_dim, "hidden_dims": hidden_dims, "activation": activation}
+
+    def layer(i: int) -> FlowTransform:
+        order = _order(input_dim, i)
+        return Sylvester(input_dim, width=width, factor=factor, permutation=order, **network)
+
+    return _stack(_directed(layer, direction), input_dim, transforms, linear, support)

@@ -9,6 +9,7 @@ from pyroflows.transforms.base import (
     Wrapped,
     with_variants,
 )
+from pyroflows.transforms.lemma import Planar, Radial, Sylvester
 from pyroflows.transforms.linear import ActNorm, LULinear, Permutation
 from pyroflows.transforms.maps import Additive, Affine, NumericMap, Spline, UnivariateMap
 from pyroflows.transforms.named import (
@@ -18,13 +19,19 @@ from pyroflows.transforms.named import (
     affine_coupling,
     conditional_affine_autoregressive,
     conditional_affine_coupling,
+    conditional_planar,
+    conditional_radial,
     conditional_spline,
     conditional_spline_autoregressive,
     conditional_spline_coupling,
+    conditional_sylvester,
     permute,
+    planar,
+    radial,
     spline,
     spline_autoregressive,
     spline_coupling,
+    sylvester,
 )
 from pyroflows.transforms.structures import Autoregressive, Coupling, Elementwise
 
@@ -42,8 +49,11 @@ __all__ = [
     "LULinear",
     "NumericMap",
     "Permutation",
+    "Planar",
+    "Radial",
     "Reshaped",
     "Spline",
+    "Sylvester",
     "UnivariateMap",
     "Wrapped",
     "additive_coupling",
@@ -52,12 +62,18 @@ __all__ = [
     "affine_coupling",
     "conditional_affine_autoregressive",
     "conditional_affine_coupling",
+    "conditional_planar",
+    "conditional_radial",
     "conditional_spline",
     "conditional_spline_autoregressive",
     "conditional_spline_coupling",
+    "conditional_sylvester",
     "permute",
+    "planar",
+    "radial",
     "spline",
     "spline_autoregressive",
     "spline_coupling",
+    "sylvester",
     "with_variants",
 ]

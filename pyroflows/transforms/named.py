@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pyroflows.errors import OptionError
 from pyroflows.transforms.base import FlowTransform, Reshaped, with_variants
+from pyroflows.transforms.lemma import Planar, Radial, Sylvester
 from pyroflows.transforms.linear import Permutation
 from pyroflows.transforms.maps import Additive, Affine, Spline
 from pyroflows.transforms.structures import Autoregressive, Coupling, Elementwise
@@ -26,13 +27,19 @@ __all__ = [
     "affine_coupling",
     "conditional_affine_autoregressive",
     "conditional_affine_coupling",
+    "conditional_planar",
+    "conditional_radial",
     "conditional_spline",
     "conditional_spline_autoregressive",
     "conditional_spline_coupling",
+    "conditional_sylvester",
     "permute",
+    "planar",
+    "radial",
     "spline",
     "spline_autoregressive",
     "spline_coupling",
+    "sylvester",
 ]
 
 
@@ -279,6 +286,41 @@ def permute(
     return Permutation(order, dim=dim)
 
 
+def planar(input_dim: int, **options: Any) -> Planar:
+    """`Planar`, by Pyro's name; it samples and scores.
+
+    Example:
+        >>> planar(2).inv(torch.ones(2)).shape
+        torch.Size([2])
+    """
+    return Planar(input_dim, **options)
+
+
+def radial(input_dim: int, **options: Any) -> Radial:
+    """`Radial`, by Pyro's name; it samples and scores.
+
+    Example:
+        >>> radial(2).inv(torch.ones(2)).shape
+        torch.Size([2])
+    """
+    return Radial(input_dim, **options)
+
+
+def sylvester(input_dim: int, count_transforms: int | None = None, **options: Any) -> Sylvester:
+    """`Sylvester`, by Pyro's name; it samples and scores.
+
+    Args:
+        input_dim: the number of coordinates.
+        count_transforms: the number of Householder reflections; default ``input_dim // 2 + 1``.
+        **options: of `Sylvester`.
+
+    Example:
+        >>> sylvester(2).inv(torch.ones(2)).shape
+        torch.Size([2])
+    """
+    return Sylvester(input_dim, reflections=count_transforms, **options)
+
+
 def conditional_affine_autoregressive(
     input_dim: int, context_dim: int, hidden_dims: Sequence[int] | None = None, **options: Any
 ) -> Autoregressive:
@@ -340,3 +382,31 @@ def conditional_spline_coupling(
     return spline_coupling(
         input_dim, split_dim, hidden_dims, count_bins, bound, order, context_dim=context_dim, **options
     )
+
+
+def conditional_planar(
+    input_dim: int, context_dim: int, hidden_dims: Sequence[int] | None = None, **options: Any
+) -> Planar:
+    """`planar` with a context; two hidden layers of ``10 input_dim``."""
+    hidden_dims = [10 * input_dim] * 2 if hidden_dims is None else hidden_dims
+    return planar(input_dim, context_dim=context_dim, hidden_dims=hidden_dims, **options)
+
+
+def conditional_radial(
+    input_dim: int, context_dim: int, hidden_dims: Sequence[int] | None = None, **options: Any
+) -> Radial:
+    """`radial` with a context; two hidden layers of ``10 input_dim``."""
+    hidden_dims = [10 * input_dim] * 2 if hidden_dims is None else hidden_dims
+    return radial(input_dim, context_dim=context_dim, hidden_dims=hidden_dims, **options)
+
+
+def conditional_sylvester(
+    input_dim: int,
+    context_dim: int,
+    hidden_dims: Sequence[int] | None = None,
+    count_transforms: int | None = None,
+    **options: Any,
+) -> Sylvester:
+    """`sylvester` with a context, which Pyro lacks; two hidden layers of ``10 input_dim``."""
+    hidden_dims = [10 * input_dim] * 2 if hidden_dims is None else hidden_dims
+    return sylvester(input_dim, count_transforms, context_dim=context_dim, hidden_dims=hidden_dims, **options)
