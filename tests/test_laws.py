@@ -36,7 +36,15 @@ def variants(case):
 # --- everything that is registered -----------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("case", BUILT_IN, ids=lambda case: case.label)
+SEARCHING = ("planar", "sylvester")  # flows whose every score is a search: minutes
+
+
+def marks(case):
+    slow = case.group == "pyroflows.distributions" and case.name in SEARCHING
+    return pytest.param(case, id=case.label, marks=pytest.mark.slow if slow else ())
+
+
+@pytest.mark.parametrize("case", [marks(case) for case in BUILT_IN])
 def test_registered(case):
     sizes = {} if case.group == "pyroflows.guides" else EVERYDAY
     report = CHECKS[case.group](case.name, variants=(variants(case)[case.variant],), **sizes)

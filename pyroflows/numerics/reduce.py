@@ -1,11 +1,28 @@
-"""Sums that keep enough digits."""
+"""Sums that keep enough digits, and products with one matrix or many."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-__all__ = ["sum_last"]
+__all__ = ["matvec", "sum_last"]
+
+
+def matvec(matrix: Tensor, x: Tensor) -> Tensor:
+    """``matrix @ x`` over the last dimensions, with one matrix for all rows or one a row.
+
+    Args:
+        matrix: ``[M, D]`` or ``[*batch, M, D]``.
+        x: ``[*batch, D]``.
+
+    Returns:
+        ``[*batch, M]``.
+
+    Example:
+        >>> matvec(torch.eye(3)[:2], torch.tensor([[1.0, 2.0, 3.0]]))
+        tensor([[1., 2.]])
+    """
+    return x @ matrix.mT if matrix.dim() == 2 else (matrix @ x.unsqueeze(-1)).squeeze(-1)
 
 
 def sum_last(value: Tensor, dims: int = 1) -> Tensor:

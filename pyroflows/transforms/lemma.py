@@ -20,8 +20,9 @@ from torch.nn.functional import softplus
 
 from pyroflows.errors import OptionError
 from pyroflows.nets import Activation
-from pyroflows.numerics import monotone_root, positive, sum_last
+from pyroflows.numerics import matvec, monotone_root, positive, sum_last
 from pyroflows.transforms.base import FlowTransform, with_variants
+from pyroflows.transforms.matrix import reflected
 
 __all__ = ["Planar", "Radial", "Sylvester"]
 
@@ -53,15 +54,10 @@ def _shrink(a: Tensor) -> Tensor:
     return 1 / (1 + (1 + MARGIN) * softplus(-a))
 
 
-def _times(matrix: Tensor, x: Tensor) -> Tensor:
-    """``matrix @ x`` over the last dimensions; one matrix for all rows or one a row."""
-    return x @ matrix.mT if matrix.dim() == 2 else (matrix @ x.unsqueeze(-1)).squeeze(-1)
-
-
 def _dot(weights: Tensor, x: Tensor) -> Tensor:
-    """The same where ``x`` may be huge: infinite at the worst, never NaN."""
+    """``weights @ x``, where ``x`` may be huge: infinite at the worst, never NaN."""
     small = 2.0**-20
-    return _times(weights, x * small) / small
+    return matvec(weights, x * small) / small
 
 
 @with_variants({"nonlinearity": "arctan"})
@@ -313,13 +309,7 @@ class Sylvester(FlowTransform):
             q, r = torch.linalg.qr((self.columns + frame).to(full))
             diagonal = torch.diagonal(r, dim1=-2, dim2=-1).detach()
             return (q * torch.where(diagonal < 0, -1.0, 1.0).to(full).unsqueeze(-2)).to(frame.dtype)
-        q = self.columns
-        for v in frame.unbind(-2):
-            v = v / v.detach().abs().amax(-1, keepdim=True).clamp_min(torch.finfo(v.dtype).tiny)
-            square = v.square().sum(-1, keepdim=True)
-            v_over = torch.where(square > 0, 2 * v / torch.where(square > 0, square, torch.ones_like(square)), v)
-            q = q - v_over.unsqueeze(-1) * (v.unsqueeze(-2) @ q)
-        return q
+        return reflected(self.columns, frame)
 
     def _factors(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """``Q R`` ``[*batch, D, M]``, ``R~ Q'`` ``[*batch, M, D]``, ``R~ R`` ``[*batch, M, M]`` and the bias."""
@@ -336,7 +326,7 @@ class Sylvester(FlowTransform):
         self.check_width(x, self.input_dim)
         out, into, core, bias = self._factors(context)
         h, slope = _activate(self.nonlinearity, _dot(into, x) + bias)
-        y = x + _times(out, h)
+        y = x + matvec(out, h)
         return y, sum_last(torch.log1p(torch.diagonal(core, dim1=-2, dim2=-1) * slope))
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -364,4 +354,4 @@ class Sylvester(FlowTransform):
             later.append(_activate(self.nonlinearity, root.x)[0])
             log_slopes.append(root.log_slope)
         h = torch.stack(later[::-1], -1)
-        return y - _times(out, h), -sum_last(torch.stack(log_slopes, -1))
+        return y - matvec(out, h), -sum_last(torch.stack(log_slopes, -1))

@@ -18,6 +18,7 @@ from pyroflows.transforms.base import FlowTransform, Reshaped, with_variants
 from pyroflows.transforms.lemma import Planar, Radial, Sylvester
 from pyroflows.transforms.linear import Permutation
 from pyroflows.transforms.maps import Additive, Affine, Spline
+from pyroflows.transforms.matrix import Householder, MatrixExponential
 from pyroflows.transforms.structures import Autoregressive, Coupling, Elementwise
 
 __all__ = [
@@ -27,12 +28,16 @@ __all__ = [
     "affine_coupling",
     "conditional_affine_autoregressive",
     "conditional_affine_coupling",
+    "conditional_householder",
+    "conditional_matrix_exponential",
     "conditional_planar",
     "conditional_radial",
     "conditional_spline",
     "conditional_spline_autoregressive",
     "conditional_spline_coupling",
     "conditional_sylvester",
+    "householder",
+    "matrix_exponential",
     "permute",
     "planar",
     "radial",
@@ -286,6 +291,27 @@ def permute(
     return Permutation(order, dim=dim)
 
 
+def householder(input_dim: int, count_transforms: int | None = None, **options: Any) -> Householder:
+    """`Householder`, by Pyro's name, of ``input_dim // 2 + 1`` reflections by default.
+
+    Example:
+        >>> householder(5).count_transforms
+        3
+    """
+    count_transforms = input_dim // 2 + 1 if count_transforms is None else count_transforms
+    return Householder(input_dim, count_transforms, **options)
+
+
+def matrix_exponential(input_dim: int, **options: Any) -> MatrixExponential:
+    """`MatrixExponential`, by Pyro's name; its exponential is exact, so there is no number of iterations.
+
+    Example:
+        >>> matrix_exponential(2)(torch.ones(2)).shape
+        torch.Size([2])
+    """
+    return MatrixExponential(input_dim, **options)
+
+
 def planar(input_dim: int, **options: Any) -> Planar:
     """`Planar`, by Pyro's name; it samples and scores.
 
@@ -382,6 +408,26 @@ def conditional_spline_coupling(
     return spline_coupling(
         input_dim, split_dim, hidden_dims, count_bins, bound, order, context_dim=context_dim, **options
     )
+
+
+def conditional_householder(
+    input_dim: int,
+    context_dim: int,
+    hidden_dims: Sequence[int] | None = None,
+    count_transforms: int = 1,
+    **options: Any,
+) -> Householder:
+    """`householder` with a context; two hidden layers of ``10 input_dim``, one reflection by default."""
+    hidden_dims = [10 * input_dim] * 2 if hidden_dims is None else hidden_dims
+    return householder(input_dim, count_transforms, context_dim=context_dim, hidden_dims=hidden_dims, **options)
+
+
+def conditional_matrix_exponential(
+    input_dim: int, context_dim: int, hidden_dims: Sequence[int] | None = None, **options: Any
+) -> MatrixExponential:
+    """`matrix_exponential` with a context; two hidden layers of ``10 input_dim``."""
+    hidden_dims = [10 * input_dim] * 2 if hidden_dims is None else hidden_dims
+    return matrix_exponential(input_dim, context_dim=context_dim, hidden_dims=hidden_dims, **options)
 
 
 def conditional_planar(
