@@ -2,76 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal
 
-from pyroflows.distributions.base import standard_normal
 from pyroflows.distributions.flow import Flow
+from pyroflows.distributions.stack import autoregressions, couplings, directed, stack, turned
 from pyroflows.distributions.support import Support
 from pyroflows.errors import OptionError
 from pyroflows.nets import Activation
 from pyroflows.transforms import (
     Additive,
     Affine,
-    Autoregressive,
-    Compose,
-    Coupling,
     Elementwise,
     FlowTransform,
-    LULinear,
     Planar,
     Radial,
-    Spline,
+    RationalSpline,
     Sylvester,
-    UnivariateMap,
     with_variants,
 )
 
 __all__ = ["iaf", "maf", "nice", "nsf", "planar", "radial", "realnvp", "sylvester"]
-
-
-def _stack(
-    layer: Callable[[int], FlowTransform],
-    input_dim: int,
-    transforms: int,
-    linear: bool,
-    support: Support | None,
-    last: FlowTransform | None = None,
-) -> Flow:
-    """``transforms`` layers on a standard normal, a linear layer before each if asked."""
-    if not isinstance(transforms, int) or transforms < 1:
-        raise OptionError(f"transforms must be a positive integer, got {transforms!r}.")
-    layers: list[FlowTransform] = []
-    for i in range(transforms):
-        if linear:
-            layers.append(LULinear(input_dim))
-        layers.append(layer(i))
-    if last is not None:
-        layers.append(last)
-    return Flow(Compose(layers), standard_normal(input_dim), support=support)
-
-
-def _alternating(input_dim: int, i: int) -> list[bool]:
-    """Every other coordinate steers, the others in the next layer; a lone one is always moved."""
-    return [input_dim > 1 and j % 2 == i % 2 for j in range(input_dim)]
-
-
-def _order(input_dim: int, i: int) -> Sequence[int]:
-    return range(input_dim) if i % 2 == 0 else range(input_dim)[::-1]
-
-
-def _couplings(map: UnivariateMap, input_dim: int, **network: Any) -> Callable[[int], FlowTransform]:
-    return lambda i: Coupling(map, input_dim, mask=_alternating(input_dim, i), **network)
-
-
-def _autoregressions(map: UnivariateMap, input_dim: int, **network: Any) -> Callable[[int], FlowTransform]:
-    return lambda i: Autoregressive(map, input_dim, order=_order(input_dim, i), **network)
-
-
-def _directed(layer: Callable[[int], FlowTransform], direction: str) -> Callable[[int], FlowTransform]:
-    if direction not in ("score", "sample"):
-        raise OptionError(f'direction must be "score" or "sample", got {direction!r}.')
-    return layer if direction == "sample" else lambda i: layer(i).inv
 
 
 def maf(
@@ -102,8 +53,8 @@ def maf(
         torch.Size([4, 3])
     """
     network = {"context_dim": context_dim, "hidden_dims": hidden_dims, "activation": activation, "residual": residual}
-    layer = _autoregressions(Affine(), input_dim, **network)
-    return _stack(lambda i: layer(i).inv, input_dim, transforms, linear, support)
+    layer = autoregressions(Affine(), input_dim, **network)
+    return stack(lambda i: layer(i).inv, input_dim, transforms, linear, support)
 
 
 def iaf(
@@ -135,8 +86,8 @@ def iaf(
         torch.Size([4, 3])
     """
     network = {"context_dim": context_dim, "hidden_dims": hidden_dims, "activation": activation, "residual": residual}
-    layer = _autoregressions(Affine(), input_dim, **network)
-    return _stack(layer, input_dim, transforms, linear, support)
+    layer = autoregressions(Affine(), input_dim, **network)
+    return stack(layer, input_dim, transforms, linear, support)
 
 
 @with_variants({"structure": "autoregressive"}, {"structure": "autoregressive", "direction": "sample"})
@@ -187,10 +138,10 @@ def nsf(
         )
     network = {"context_dim": context_dim, "hidden_dims": hidden_dims, "activation": activation, "residual": residual}
     if structure == "coupling":
-        layer = _couplings(Spline(bins, bound), input_dim, **network)
-        return _stack(layer, input_dim, transforms, linear, support)
-    layer = _autoregressions(Spline(bins, bound), input_dim, **network)
-    return _stack(_directed(layer, direction), input_dim, transforms, linear, support)
+        layer = couplings(RationalSpline(bins, bound), input_dim, **network)
+        return stack(layer, input_dim, transforms, linear, support)
+    layer = autoregressions(RationalSpline(bins, bound), input_dim, **network)
+    return stack(directed(layer, direction), input_dim, transforms, linear, support)
 
 
 def realnvp(
@@ -222,8 +173,8 @@ def realnvp(
         torch.Size([5])
     """
     network = {"context_dim": context_dim, "hidden_dims": hidden_dims, "activation": activation, "residual": residual}
-    layer = _couplings(Affine(), input_dim, **network)
-    return _stack(layer, input_dim, transforms, linear, support)
+    layer = couplings(Affine(), input_dim, **network)
+    return stack(layer, input_dim, transforms, linear, support)
 
 
 def nice(
@@ -255,9 +206,9 @@ def nice(
         torch.Size([5])
     """
     network = {"context_dim": context_dim, "hidden_dims": hidden_dims, "activation": activation, "residual": residual}
-    layer = _couplings(Additive(), input_dim, **network)
+    layer = couplings(Additive(), input_dim, **network)
     scale = Elementwise(Affine(), input_dim, context_dim=context_dim, hidden_dims=hidden_dims)
-    return _stack(layer, input_dim, transforms, linear, support, last=scale)
+    return stack(layer, input_dim, transforms, linear, support, last=scale)
 
 
 def planar(
@@ -297,7 +248,7 @@ def planar(
     def layer(i: int) -> FlowTransform:
         return Planar(input_dim, **network)
 
-    return _stack(_directed(layer, direction), input_dim, transforms, linear, support)
+    return stack(directed(layer, direction), input_dim, transforms, linear, support)
 
 
 def radial(
@@ -337,7 +288,7 @@ def radial(
     def layer(i: int) -> FlowTransform:
         return Radial(input_dim, **network)
 
-    return _stack(_directed(layer, direction), input_dim, transforms, linear, support)
+    return stack(directed(layer, direction), input_dim, transforms, linear, support)
 
 
 def sylvester(
@@ -379,7 +330,7 @@ def sylvester(
     network: dict[str, Any] = {"context_dim": context_dim, "hidden_dims": hidden_dims, "activation": activation}
 
     def layer(i: int) -> FlowTransform:
-        order = _order(input_dim, i)
+        order = turned(input_dim, i)
         return Sylvester(input_dim, width=width, factor=factor, permutation=order, **network)
 
-    return _stack(_directed(layer, direction), input_dim, transforms, linear, support)
+    return stack(directed(layer, direction), input_dim, transforms, linear, support)

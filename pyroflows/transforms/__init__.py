@@ -11,7 +11,7 @@ from pyroflows.transforms.base import (
 )
 from pyroflows.transforms.lemma import Planar, Radial, Sylvester
 from pyroflows.transforms.linear import ActNorm, LULinear, Permutation
-from pyroflows.transforms.maps import Additive, Affine, NumericMap, Spline, UnivariateMap
+from pyroflows.transforms.maps import Additive, Affine, NumericMap, RationalSpline, UnivariateMap
 from pyroflows.transforms.matrix import Householder, MatrixExponential
 from pyroflows.transforms.named import (
     additive_coupling,
@@ -38,9 +38,11 @@ from pyroflows.transforms.named import (
     spline_coupling,
     sylvester,
 )
+from pyroflows.transforms.products import MAPS, autoregressive, coupling, elementwise, univariate_map
 from pyroflows.transforms.structures import Autoregressive, Coupling, Elementwise
 
 __all__ = [
+    "MAPS",
     "ActNorm",
     "Additive",
     "Affine",
@@ -58,8 +60,8 @@ __all__ = [
     "Permutation",
     "Planar",
     "Radial",
+    "RationalSpline",
     "Reshaped",
-    "Spline",
     "Sylvester",
     "UnivariateMap",
     "Wrapped",
@@ -67,6 +69,7 @@ __all__ = [
     "affine",
     "affine_autoregressive",
     "affine_coupling",
+    "autoregressive",
     "conditional_affine_autoregressive",
     "conditional_affine_coupling",
     "conditional_householder",
@@ -77,6 +80,8 @@ __all__ = [
     "conditional_spline_autoregressive",
     "conditional_spline_coupling",
     "conditional_sylvester",
+    "coupling",
+    "elementwise",
     "householder",
     "matrix_exponential",
     "permute",
@@ -86,5 +91,6 @@ __all__ = [
     "spline_autoregressive",
     "spline_coupling",
     "sylvester",
+    "univariate_map",
     "with_variants",
 ]

@@ -17,7 +17,7 @@ from torch.nn.functional import logsigmoid
 from pyroflows.errors import OptionError
 from pyroflows.numerics import bounded_log_scale, linear_rational, monotone_root, positive, rational_quadratic
 
-__all__ = ["Additive", "Affine", "NumericMap", "Spline", "UnivariateMap"]
+__all__ = ["Additive", "Affine", "NumericMap", "RationalSpline", "UnivariateMap"]
 
 
 class UnivariateMap(ABC):
@@ -128,7 +128,7 @@ class Affine(UnivariateMap):
         return x, -log_scale.expand_as(x)
 
 
-class Spline(UnivariateMap):
+class RationalSpline(UnivariateMap):
     """A rational spline on ``[-bound, bound]`` and the identity outside.
 
     Args:

@@ -17,7 +17,7 @@ from pyroflows.errors import OptionError
 from pyroflows.transforms.base import FlowTransform, Reshaped, with_variants
 from pyroflows.transforms.lemma import Planar, Radial, Sylvester
 from pyroflows.transforms.linear import Permutation
-from pyroflows.transforms.maps import Additive, Affine, Spline
+from pyroflows.transforms.maps import Additive, Affine, RationalSpline
 from pyroflows.transforms.matrix import Householder, MatrixExponential
 from pyroflows.transforms.structures import Autoregressive, Coupling, Elementwise
 
@@ -194,7 +194,7 @@ def spline(
         >>> spline(2).forward_and_log_det(torch.ones(5, 2))[1].shape
         torch.Size([5, 2])
     """
-    map = Spline(count_bins, bound, order)  # type: ignore[arg-type]
+    map = RationalSpline(count_bins, bound, order)  # type: ignore[arg-type]
     return Elementwise(map, input_dim, context_dim=context_dim, event_dim=event_dim, **options)
 
 
@@ -225,7 +225,7 @@ def spline_autoregressive(
         torch.Size([5, 3])
     """
     hidden_dims = [10 * input_dim] * 2 if hidden_dims is None else hidden_dims
-    map = Spline(count_bins, bound, order)  # type: ignore[arg-type]
+    map = RationalSpline(count_bins, bound, order)  # type: ignore[arg-type]
     return Autoregressive(map, input_dim, context_dim=context_dim, hidden_dims=hidden_dims, **options)
 
 
@@ -258,7 +258,7 @@ def spline_coupling(
         torch.Size([5, 3])
     """
     hidden_dims = [10 * input_dim] * 2 if hidden_dims is None else hidden_dims
-    map, mask = Spline(count_bins, bound, order), _first(input_dim, split_dim)  # type: ignore[arg-type]
+    map, mask = RationalSpline(count_bins, bound, order), _first(input_dim, split_dim)  # type: ignore[arg-type]
     return Coupling(map, input_dim, context_dim=context_dim, mask=mask, hidden_dims=hidden_dims, **options)
 
 

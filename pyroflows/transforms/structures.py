@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyroflows.errors import OptionError
@@ -97,6 +97,8 @@ class Coupling(_Mapped):
         hidden_dims: the hidden widths of the network.
         activation: its activation.
         residual: whether the network's hidden layers have skip connections.
+        net: a network of the caller's in place of that one: ``net(kept, context)`` ``[*batch, moved * map.params]``,
+            with ``None`` for what is not there.
 
     Raises:
         OptionError: the mask has another length, or leaves nothing to be moved.
@@ -118,6 +120,7 @@ class Coupling(_Mapped):
         hidden_dims: Sequence[int] = (128, 128),
         activation: Activation = "relu",
         residual: bool = False,
+        net: nn.Module | None = None,
     ) -> None:
         super().__init__(map, input_dim, context_dim)
         steers = [i < input_dim // 2 for i in range(input_dim)] if mask is None else [bool(m) for m in mask]
@@ -128,7 +131,7 @@ class Coupling(_Mapped):
         self.register_buffer("kept", torch.tensor(kept, dtype=torch.long))
         self.register_buffer("moved", torch.tensor(moved, dtype=torch.long))
         self.register_buffer("back", torch.tensor(sorted(range(input_dim), key=(kept + moved).__getitem__)))
-        self.net = MLP(
+        self.net = net or MLP(
             len(kept),
             len(moved) * map.params,
             hidden_dims=hidden_dims,
@@ -175,6 +178,8 @@ class Autoregressive(_Mapped):
         hidden_dims: the hidden widths of the network.
         activation: its activation.
         residual: whether the network's hidden layers have skip connections.
+        net: a network of the caller's in place of that one: ``net(x, context)`` ``[*batch, input_dim, map.params]``,
+            whose output for a coordinate must depend on those of lower rank alone.
 
     Raises:
         OptionError: ``order`` is not a permutation.
@@ -198,10 +203,11 @@ class Autoregressive(_Mapped):
         hidden_dims: Sequence[int] = (128, 128),
         activation: Activation = "relu",
         residual: bool = False,
+        net: nn.Module | None = None,
     ) -> None:
         super().__init__(map, input_dim, context_dim)
         ranks = list(range(input_dim)) if order is None else [int(rank) for rank in order]
-        self.net = MADE(
+        self.net = net or MADE(
             input_dim,
             map.params,
             order=ranks,
