@@ -135,7 +135,6 @@ class FlowTransform(TransformModule, ConditionalTransform):
         *,
         hidden_dims: Sequence[int] = (128, 128),
         activation: Activation = "relu",
-        conditioner: nn.Module | None = None,
         **initial: Tensor,
     ) -> None:
         """Declares named tensors: trainable as they are, or the output of a network that reads the context.
@@ -143,17 +142,12 @@ class FlowTransform(TransformModule, ConditionalTransform):
         Args:
             hidden_dims: the hidden widths of that network, used if ``context_dim > 0``.
             activation: its activation.
-            conditioner: a network of the caller's in place of that one, called ``conditioner(None, context)``; it
-                starts as it is.
             **initial: the starting value of each tensor; the network starts close to it too.
         """
         self._shapes = {name: value.shape for name, value in initial.items()}
         if self.context_dim == 0:
             for name, value in initial.items():
                 self.register_parameter(name, nn.Parameter(value.clone()))
-            return
-        if conditioner is not None:
-            self.conditioner = conditioner
             return
         size = sum(shape.numel() for shape in self._shapes.values())
         self.conditioner = MLP(0, size, hidden_dims=hidden_dims, context_dim=self.context_dim, activation=activation)
