@@ -331,6 +331,6 @@ def sylvester(
 
     def layer(i: int) -> FlowTransform:
         order = turned(input_dim, i)
-        return Sylvester(input_dim, width=width, factor=factor, permutation=order, **network)
+        return Sylvester(input_dim, input_dim // 2 + 1, width=width, factor=factor, permutation=order, **network)
 
     return stack(directed(layer, direction), input_dim, transforms, linear, support)

@@ -221,7 +221,6 @@ class Radial(FlowTransform):
         return y - kappa * (way / (1 + rho + kappa)), -self._log_det(rho, kappa)
 
 
-@with_variants({"factor": "orthogonal", "width": 1}, {"factor": "triangular", "nonlinearity": "arctan"})
 class Sylvester(FlowTransform):
     r"""A planar layer of :math:`M` directions at once: :math:`y = x + Q R\, h(\tilde R Q^\top x + b)`.
 
@@ -235,11 +234,11 @@ class Sylvester(FlowTransform):
 
     Args:
         input_dim: the number of coordinates, :math:`D`.
+        count_transforms: how many reflections a Householder product has; ``sylvester`` takes ``D // 2 + 1``.
         context_dim: the width of the context; with one, a network gives all parameters.
         width: :math:`M`, at most :math:`D`, which is the default.
         factor: how :math:`Q` is made: ``"householder"``, a product of reflections; ``"orthogonal"``, the orthonormal
             factor of a free matrix; ``"triangular"``, fixed columns of a permutation, the given one.
-        reflections: how many reflections a Householder product has; default ``D // 2 + 1``.
         permutation: which coordinates the columns of a triangular layer pick; default as they come.
         nonlinearity: :math:`h`: ``"tanh"``, ``"arctan"`` or ``"sigmoid"``.
         hidden_dims: the hidden widths of the network that reads the context.
@@ -262,11 +261,11 @@ class Sylvester(FlowTransform):
     def __init__(
         self,
         input_dim: int,
+        count_transforms: int = 1,
         *,
         context_dim: int = 0,
         width: int | None = None,
         factor: Literal["householder", "orthogonal", "triangular"] = "householder",
-        reflections: int | None = None,
         permutation: Sequence[int] | None = None,
         nonlinearity: _Increasing = "tanh",
         hidden_dims: Sequence[int] = (128, 128),
@@ -275,19 +274,18 @@ class Sylvester(FlowTransform):
         super().__init__(context_dim)
         _check_activation(nonlinearity)
         width = input_dim if width is None else width
-        reflections = input_dim // 2 + 1 if reflections is None else reflections
         order = list(range(input_dim)) if permutation is None else [int(i) for i in permutation]
         if factor not in ("householder", "orthogonal", "triangular"):
             raise OptionError(f'factor must be "householder", "orthogonal" or "triangular", got {factor!r}.')
-        if not 1 <= width <= input_dim or reflections < 1:
+        if not 1 <= width <= input_dim or count_transforms < 1:
             raise OptionError(
-                f"expected 1 <= width <= {input_dim} and reflections >= 1, got {width} and {reflections}."
+                f"expected 1 <= width <= {input_dim} and count_transforms >= 1, got {width} and {count_transforms}."
             )
         if sorted(order) != list(range(input_dim)):
             raise OptionError(f"permutation must be one of 0 .. {input_dim - 1}, got {order}.")
         self.input_dim, self.width, self.factor, self.nonlinearity = input_dim, width, factor, nonlinearity
         self.register_buffer("columns", torch.eye(input_dim)[:, order[:width]])
-        free = {"householder": (reflections, input_dim), "orthogonal": (input_dim, width)}
+        free = {"householder": (count_transforms, input_dim), "orthogonal": (input_dim, width)}
         frame = {"frame": torch.randn(free[factor]) / math.sqrt(input_dim)} if factor in free else {}
         self.declare_parameters(
             hidden_dims=hidden_dims,

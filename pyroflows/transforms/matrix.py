@@ -115,16 +115,18 @@ class MatrixExponential(FlowTransform):
 
     Args:
         input_dim: the number of coordinates.
+        iterations: accepted for Pyro's sake and without effect: no series is cut off here.
+        normalization: ``"none"``; Pyro names two others and has neither.
+        bound: the bound :math:`m`; default 3.
         context_dim: the width of the context; with one, a network gives :math:`A` and :math:`b`.
         skew: make :math:`W` skew-symmetric, so that the map is a rotation and its log-det zero; :math:`W` is then
             not bounded.
-        max_norm: the bound :math:`m`.
         bias: whether :math:`b` is learned; zero otherwise.
         hidden_dims: the hidden widths of the network that reads the context.
         activation: its activation.
 
     Raises:
-        OptionError: ``max_norm`` is not positive.
+        OptionError: ``bound`` or ``iterations`` is not positive, or there is a ``normalization``.
 
     Example:
         >>> MatrixExponential(2)(torch.tensor([1.0, 2.0])).detach()
@@ -136,18 +138,23 @@ class MatrixExponential(FlowTransform):
     def __init__(
         self,
         input_dim: int,
+        iterations: int = 8,
+        normalization: str = "none",
+        bound: float | None = None,
         *,
         context_dim: int = 0,
         skew: bool = False,
-        max_norm: float = 3.0,
         bias: bool = True,
         hidden_dims: Sequence[int] = (128, 128),
         activation: Activation = "relu",
     ) -> None:
         super().__init__(context_dim)
-        if not max_norm > 0:
-            raise OptionError(f"max_norm must be positive, got {max_norm}.")
-        self.input_dim, self.skew, self.max_norm = input_dim, skew, max_norm
+        if normalization != "none":
+            raise OptionError(f'normalization must be "none", got {normalization!r}; bound={bound} holds without one.')
+        bound = 3.0 if bound is None else float(bound)
+        if not bound > 0 or not iterations > 0:
+            raise OptionError(f"expected bound > 0 and iterations > 0, got {bound} and {iterations}.")
+        self.input_dim, self.skew, self.bound = input_dim, skew, bound
         initial = {"raw": torch.zeros(input_dim, input_dim)}
         if bias:
             initial["bias"] = torch.zeros(input_dim)
@@ -160,7 +167,7 @@ class MatrixExponential(FlowTransform):
         if self.skew:
             weight = raw.tril(-1) - raw.tril(-1).mT
         else:
-            square = (raw / self.max_norm).square().sum((-2, -1), keepdim=True)
+            square = (raw / self.bound).square().sum((-2, -1), keepdim=True)
             weight = raw / torch.sqrt(1 + square)
         return weight, parameters.get("bias", 0.0)
 

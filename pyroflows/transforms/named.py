@@ -302,14 +302,16 @@ def householder(input_dim: int, count_transforms: int | None = None, **options: 
     return Householder(input_dim, count_transforms, **options)
 
 
-def matrix_exponential(input_dim: int, **options: Any) -> MatrixExponential:
-    """`MatrixExponential`, by Pyro's name; its exponential is exact, so there is no number of iterations.
+def matrix_exponential(
+    input_dim: int, iterations: int = 8, normalization: str = "none", bound: float | None = None, **options: Any
+) -> MatrixExponential:
+    """`MatrixExponential`, by Pyro's name; its exponential is exact, whatever the number of iterations.
 
     Example:
         >>> matrix_exponential(2)(torch.ones(2)).shape
         torch.Size([2])
     """
-    return MatrixExponential(input_dim, **options)
+    return MatrixExponential(input_dim, iterations, normalization, bound, **options)
 
 
 def planar(input_dim: int, **options: Any) -> Planar:
@@ -332,6 +334,7 @@ def radial(input_dim: int, **options: Any) -> Radial:
     return Radial(input_dim, **options)
 
 
+@with_variants({"factor": "orthogonal", "width": 1}, {"factor": "triangular", "nonlinearity": "arctan"})
 def sylvester(input_dim: int, count_transforms: int | None = None, **options: Any) -> Sylvester:
     """`Sylvester`, by Pyro's name; it samples and scores.
 
@@ -344,7 +347,8 @@ def sylvester(input_dim: int, count_transforms: int | None = None, **options: An
         >>> sylvester(2).inv(torch.ones(2)).shape
         torch.Size([2])
     """
-    return Sylvester(input_dim, reflections=count_transforms, **options)
+    count_transforms = input_dim // 2 + 1 if count_transforms is None else count_transforms
+    return Sylvester(input_dim, count_transforms, **options)
 
 
 def conditional_affine_autoregressive(
@@ -423,11 +427,19 @@ def conditional_householder(
 
 
 def conditional_matrix_exponential(
-    input_dim: int, context_dim: int, hidden_dims: Sequence[int] | None = None, **options: Any
+    input_dim: int,
+    context_dim: int,
+    hidden_dims: Sequence[int] | None = None,
+    iterations: int = 8,
+    normalization: str = "none",
+    bound: float | None = None,
+    **options: Any,
 ) -> MatrixExponential:
     """`matrix_exponential` with a context; two hidden layers of ``10 input_dim``."""
     hidden_dims = [10 * input_dim] * 2 if hidden_dims is None else hidden_dims
-    return matrix_exponential(input_dim, context_dim=context_dim, hidden_dims=hidden_dims, **options)
+    return matrix_exponential(
+        input_dim, iterations, normalization, bound, context_dim=context_dim, hidden_dims=hidden_dims, **options
+    )
 
 
 def conditional_planar(
