@@ -1,5 +1,9 @@
 """Pure functions of tensors: splines, roots, sums. No parameters, no densities, no state."""
 
+from pyroflows.numerics.means import elu_mean, leaky_relu_mean, logistic_mean, normal_mean
+from pyroflows.numerics.modes import is_plainly_eager
+from pyroflows.numerics.piecewise import piecewise_cubic, piecewise_linear, piecewise_quadratic
+from pyroflows.numerics.quadrature import gauss_legendre, powers
 from pyroflows.numerics.reduce import matvec, sum_last
 from pyroflows.numerics.roots import Root, monotone_root
 from pyroflows.numerics.scales import bounded_log_scale, positive
@@ -8,10 +12,20 @@ from pyroflows.numerics.splines import linear_rational, rational_quadratic
 __all__ = [
     "Root",
     "bounded_log_scale",
+    "elu_mean",
+    "gauss_legendre",
+    "is_plainly_eager",
+    "leaky_relu_mean",
     "linear_rational",
+    "logistic_mean",
     "matvec",
     "monotone_root",
+    "normal_mean",
+    "piecewise_cubic",
+    "piecewise_linear",
+    "piecewise_quadratic",
     "positive",
+    "powers",
     "rational_quadratic",
     "sum_last",
 ]

@@ -1,4 +1,4 @@
-r"""Monotone rational splines on :math:`[-B, B]` with identity tails, both directions in closed form.
+r"""Monotone rational splines on :math:`[-B, B]` with straight tails, both directions in closed form.
 
 Rational-quadratic: Durkan, Bekasov, Murray, Papamakarios (2019), *Neural spline flows*, arXiv:1906.04032.
 Linear-rational: Dolatabadi, Erfani, Leckie (2020), *Invertible generative modeling using linear rational
@@ -12,12 +12,13 @@ value needs clamping. Positions are measured from the nearer end of a bin where 
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from pyroflows.numerics.modes import is_plainly_eager
 from pyroflows.numerics.scales import bounded_log_scale
 
 __all__ = ["linear_rational", "rational_quadratic"]
@@ -29,61 +30,211 @@ MAX_LOG_SLOPE = math.log(1e3)
 
 
 class _Bin(NamedTuple):
-    """The bin that each input fell into; every tensor has the input's shape."""
+    """The bin that each input fell into; every tensor has the input's shape but for those that say otherwise."""
 
-    inside: Tensor
-    offset: Tensor  # position of the input in its bin, in [0, 1]
-    start: Tensor  # where the bin begins on the output side
-    size: Tensor  # how long the bin is on the output side
-    mean_slope: Tensor
+    value: Tensor  # the input, in the box
+    left: Tensor
+    bottom: Tensor
+    width: Tensor
+    height: Tensor
     slope_0: Tensor
     slope_1: Tensor
+    log_slopes: Tensor  # both, [..., 2]
+    weights: Tensor  # exp of the raw sizes, [..., 2, K]
+    totals: Tensor  # their sums, [..., 2]
     number: Tensor  # which bin, [..., 1]
 
-
-def _knots(logits: Tensor, bound: float) -> tuple[Tensor, Tensor]:
-    """Bin sizes and left edges, ``[..., K]`` each."""
-    bins = int(logits.shape[-1])  # torch.jit traces a size as a tensor, and would multiply in float32
-    share = MIN_BIN + (1 - MIN_BIN * bins) * logits.softmax(-1)
-    edges = pad(share[..., :-1].cumsum(-1), (1, 0))
-    return 2 * bound * share, bound * (2 * edges - 1)
+    def offset(self, inverse: bool) -> Tensor:
+        """The position of the input in its bin, in [0, 1]."""
+        start, size = (self.bottom, self.height) if inverse else (self.left, self.width)
+        return ((self.value - start) / size).clamp(0, 1)  # rounding alone can lead out of the bin
 
 
 def _find_bin(value: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, bound: float, inverse: bool) -> _Bin:
-    width, left = _knots(widths, bound)
-    height, bottom = _knots(heights, bound)
-    inside = (value > -bound) & (value < bound)
-    value = value.clamp(-bound, bound)
-    edges = bottom if inverse else left
-    index = (value.unsqueeze(-1) >= edges[..., 1:]).sum(-1, keepdim=True)
+    """The bin of each input, given the raw slopes at all ``K + 1`` knots.
 
-    shape = torch.broadcast_shapes(index.shape[:-1], width.shape[:-1])
-    index = index.expand(*shape, 1)
+    Sizes are shares of the box, a softmax of raw numbers; of it only what the bin needs is computed.
+    """
+    bins = int(widths.shape[-1])  # torch.jit traces a size as a tensor, and would multiply in float32
+    box, least = 2 * bound * (1 - MIN_BIN * bins), 2 * bound * MIN_BIN
+    raw = torch.stack([widths, heights], -2)
+    weights = raw.sub_(raw.detach().amax(-1, keepdim=True)).exp_()  # in place: memory is what they cost
+    sums = weights.cumsum(-1)
+    totals = sums[..., -1]
+    scale = box / totals
 
-    def at(table: Tensor, where: Tensor) -> Tensor:
-        return table.expand(*shape, table.shape[-1]).gather(-1, where).squeeze(-1)
+    side = 1 if inverse else 0
+    knots = sums[..., side, :-1] * scale[..., side, None]
+    knots = knots + torch.arange(1, bins, dtype=value.dtype, device=value.device) * least - bound
+    number = (value.unsqueeze(-1) >= knots).sum(-1, keepdim=True)
 
-    width, left, height, bottom = (at(table, index) for table in (width, left, height, bottom))
-    padded = pad(slopes, (1, 1))  # a raw slope of 0 is the slope 1 of the tails
-    slope_0 = torch.exp(bounded_log_scale(at(padded, index), MAX_LOG_SLOPE))
-    slope_1 = torch.exp(bounded_log_scale(at(padded, index + 1), MAX_LOG_SLOPE))
+    shape = torch.broadcast_shapes(number.shape[:-1], totals.shape[:-1])
+    number = number.expand(*shape, 1)
+    pair = number.unsqueeze(-2).expand(*shape, 2, 1)
+    weight = weights.expand(*shape, 2, bins).gather(-1, pair).squeeze(-1)
+    before = sums.expand(*shape, 2, bins).gather(-1, pair).squeeze(-1) - weight
+    width, height = (weight * scale + least).unbind(-1)
+    left, bottom = (before * scale + (number.to(value.dtype) * least - bound)).unbind(-1)
+    log_slopes = bounded_log_scale(slopes.expand(*shape, bins + 1).gather(-1, _ends(number)), MAX_LOG_SLOPE)
+    slope_0, slope_1 = torch.exp(log_slopes).unbind(-1)
+    return _Bin(value, left, bottom, width, height, slope_0, slope_1, log_slopes, weights, totals, number)
+
+
+def _ends(number: Tensor) -> Tensor:
+    """The knots at both ends of each bin."""
+    return torch.cat([number, number + 1], -1)
+
+
+def _in_box(bin: _Bin, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """The rational-quadratic map in a bin: the result, the log-slope from left to right, and the offset there."""
+    d0, d1 = bin.slope_0, bin.slope_1
+    s = bin.height / bin.width
     if inverse:
-        offset, start, size = (value - bottom) / height, left, width
+        eta = bin.offset(inverse=True)
+        eta_bar = 1 - eta
+        m = d0 * eta_bar - d1 * eta
+        q = m.abs() + torch.sqrt(m.square() + 4 * s.square() * eta * eta_bar)
+        from_left, from_right = 2 * s * eta, 2 * s * eta_bar
+        total = q + torch.where(m >= 0, from_left, from_right)
+        xi = torch.where(m >= 0, from_left, q) / total
+        xi_bar = torch.where(m >= 0, q, from_right) / total
     else:
-        offset, start, size = (value - left) / width, bottom, height
-    offset = offset.clamp(0, 1)  # rounding alone can lead out of the bin
-    return _Bin(inside, offset, start, size, height / width, slope_0, slope_1, index)
+        xi = bin.offset(inverse=False)
+        xi_bar = 1 - xi
+    product = xi * xi_bar
+    below = s * (xi.square() + xi_bar.square()) + (d0 + d1) * product
+    above = d1 * xi.square() + 2 * s * product + d0 * xi_bar.square()
+    log_slope = 2 * torch.log(s / below) + torch.log(above)
+    if inverse:
+        return bin.left + bin.width * xi, log_slope, xi
+    return bin.bottom + bin.height * (xi * (s * xi + d0 * xi_bar) / below), log_slope, xi
 
 
-def _with_tails(value: Tensor, bin: _Bin, position: Tensor, log_slope: Tensor) -> tuple[Tensor, Tensor]:
-    result = torch.where(bin.inside, bin.start + bin.size * position, value)
-    return result, torch.where(bin.inside, log_slope, torch.zeros_like(log_slope))
+class _RationalQuadratic(torch.autograd.Function):
+    """The map in the box with its derivatives written out: a third of the work that autograd would do.
+
+    Every parameter has a row of its own for each input. A second derivative is autograd's, of the plain formula.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, value: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, bound: float, inverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        bin = _find_bin(value, widths, heights, slopes, bound, inverse)
+        result, log_slope, xi = _in_box(bin, inverse)
+        ctx.bound, ctx.inverse = bound, inverse
+        ctx.save_for_backward(value, widths, heights, slopes, xi, *bin[1:])
+        return result, -log_slope if inverse else log_slope
+
+    @staticmethod
+    def backward(ctx: Any, by_result: Tensor, by_log_slope: Tensor) -> tuple[Tensor | None, ...]:
+        value, widths, heights, slopes, xi, *rest = ctx.saved_tensors
+        inputs = [value, widths, heights, slopes]
+        if torch.is_grad_enabled():  # the derivatives themselves are to be differentiated
+            wanted = [i for i, needed in enumerate(ctx.needs_input_grad[:4]) if needed]
+            result, log_slope, _ = _in_box(
+                _find_bin(value, widths, heights, slopes, ctx.bound, ctx.inverse), ctx.inverse
+            )
+            outputs = (result, -log_slope if ctx.inverse else log_slope)
+            found = torch.autograd.grad(
+                outputs, [inputs[i] for i in wanted], (by_result, by_log_slope), create_graph=True
+            )
+            grads = dict(zip(wanted, found, strict=True))
+            return *(grads.get(i) for i in range(4)), None, None
+        bin = _Bin(value, *rest)
+        by_value, by_bin, by_slopes = _derivatives(bin, xi, by_result, by_log_slope, ctx.inverse)
+        by_widths, by_heights = _by_raw_sizes(bin, *by_bin, ctx.bound).unbind(-2)
+        by_ends = torch.zeros_like(slopes)
+        by_ends.scatter_(-1, _ends(bin.number), by_slopes)
+        return by_value, by_widths, by_heights, by_ends, None, None
+
+
+def _derivatives(
+    bin: _Bin, xi: Tensor, by_result: Tensor, by_log_slope: Tensor, inverse: bool
+) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
+    r"""Gradients with respect to the input, to sizes and starts of the bin ``[..., 2]``, and to the raw slopes there.
+
+    With :math:`A` above and :math:`B` below the line of :math:`d\eta/d\xi = s A / B^2`. The inverse is differentiated
+    implicitly, at fixed :math:`y = \mathrm{bottom} + h\, \eta(\xi)`.
+    """
+    d0, d1, w, h = bin.slope_0, bin.slope_1, bin.width, bin.height
+    s, xi_bar = h / w, 1 - xi
+    left, right, product = xi_bar.square(), xi.square(), xi * xi_bar
+    above = d1 * right + 2 * s * product + d0 * left
+    below = s * (left + right) + (d0 + d1) * product
+    per_below = 1 / below
+    twice, per_above = 2 * product * per_below, 1 / above
+    share = xi * (s * xi + d0 * xi_bar) * per_below  # eta
+    rise = s * above * per_below.square()  # d eta / d xi
+    if inverse:
+        by_log_slope = -by_log_slope
+    by_log = by_log_slope * per_above
+    # The log-slope, with respect to xi, s, d0 and d1.
+    log_by_xi = 2 * (by_log * (d1 * xi - d0 * xi_bar + s * (xi_bar - xi)))
+    log_by_xi = log_by_xi - 2 * by_log_slope * per_below * ((xi_bar - xi) * (d0 + d1 - 2 * s))
+    log_by_s = 2 * (by_log * product + by_log_slope * (1 / s - (left + right) * per_below))
+    log_by_0 = by_log * left - by_log_slope * twice
+    log_by_1 = by_log * right - by_log_slope * twice
+    if inverse:
+        by_y = -(by_result * w + log_by_xi) / (h * rise)
+        by_value, by_left, by_width = -by_y, by_result, by_result * xi
+    else:
+        by_y = by_result
+        by_value = (by_y * h * rise + log_by_xi) / w
+        by_left, by_width = -by_value, -by_value * xi
+    # eta, with respect to s, d0 and d1.
+    by_eta = by_y * h * per_below
+    by_curve = by_eta * product * per_below
+    by_s = by_curve * (d1 * right - d0 * left) + log_by_s
+    by_0 = by_curve * xi_bar * (s * xi_bar + d1 * xi) + log_by_0
+    by_1 = log_by_1 - by_eta * product * share
+    by_width = by_width - by_s * s / w
+    by_height = by_y * share + by_s / w
+    tanh = bin.log_slopes * (1 / MAX_LOG_SLOPE)
+    by_slopes = torch.stack([by_0 * d0, by_1 * d1], -1) * (1 - tanh.square())
+    return by_value, (torch.stack([by_width, by_height], -1), torch.stack([by_left, by_y], -1)), by_slopes
+
+
+def _by_raw_sizes(bin: _Bin, by_size: Tensor, by_start: Tensor, bound: float) -> Tensor:
+    """The gradient with respect to the raw sizes ``[..., 2, K]``, through the softmax and its running sum."""
+    bins = bin.weights.shape[-1]
+    box, least = 2 * bound * (1 - MIN_BIN * bins), 2 * bound * MIN_BIN
+    scale = box / bin.totals
+    size = torch.stack([bin.width, bin.height], -1) - least
+    start = torch.stack([bin.left, bin.bottom], -1) - (bin.number.to(size.dtype) * least - bound)
+    mean = (by_size * size + by_start * start) * (-1 / box)
+    by_start, by_size, mean = by_start * scale, by_size * scale, mean * scale
+    is_before = (torch.arange(bins, device=size.device) < bin.number.unsqueeze(-2)).to(size.dtype)
+    each = torch.addcmul(mean.unsqueeze(-1), by_start.unsqueeze(-1), is_before)
+    each.scatter_add_(-1, bin.number.unsqueeze(-2).expand(*size.shape, 1), by_size.unsqueeze(-1))
+    return each.mul_(bin.weights)
+
+
+def _knot_slopes(slopes: Tensor, bins: int) -> Tensor:
+    """The raw slopes at all ``K + 1`` knots; where the end knots have none, a raw slope of 0 is the slope 1."""
+    return pad(slopes, (1, 1)) if slopes.shape[-1] == bins - 1 else slopes
+
+
+def _with_tails(
+    value: Tensor, slopes: Tensor, bins: int, bound: float, inverse: bool, in_box: Any
+) -> tuple[Tensor, Tensor]:
+    """A map of the box, continued by the identity, or linearly if the end knots have slopes of their own."""
+    inside = (value > -bound) & (value < bound)
+    result, log_slope = in_box(value.clamp(-bound, bound))
+    if slopes.shape[-1] == bins - 1:
+        return torch.where(inside, result, value), torch.where(inside, log_slope, torch.zeros_like(log_slope))
+    log_end = bounded_log_scale(torch.where(value > 0, slopes[..., -1], slopes[..., 0]), MAX_LOG_SLOPE)
+    if inverse:
+        log_end = -log_end
+    end = torch.where(value > 0, bound, -bound).to(value.dtype)
+    outside = end + (torch.where(inside, end, value) - end) * torch.exp(log_end)
+    return torch.where(inside, result, outside), torch.where(inside, log_slope, log_end)
 
 
 def rational_quadratic(
     value: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, *, bound: float, inverse: bool = False
 ) -> tuple[Tensor, Tensor]:
-    r"""A rational-quadratic spline with :math:`K` bins, identity outside :math:`[-B, B]`.
+    r"""A rational-quadratic spline with :math:`K` bins on :math:`[-B, B]`.
 
     In a bin with offset :math:`\xi`, :math:`\bar\xi = 1 - \xi`:
 
@@ -99,7 +250,8 @@ def rational_quadratic(
         value: inputs ``[...]`` (outputs, if ``inverse``).
         widths: raw bin widths ``[..., K]``; all zero gives equal bins.
         heights: raw bin heights ``[..., K]``.
-        slopes: raw slopes at the inner knots ``[..., K - 1]``; zero is the slope 1.
+        slopes: raw slopes at the inner knots ``[..., K - 1]``, zero is the slope 1, and the identity outside of the
+            box; or at all knots ``[..., K + 1]``, with straight lines of the outer slopes outside.
         bound: half the side of the box, :math:`B`.
         inverse: map back instead of forth.
 
@@ -111,25 +263,16 @@ def rational_quadratic(
         >>> rational_quadratic(x, raw, raw, raw[:, 1:], bound=5.0)[0]
         tensor([0.3000, 7.0000])
     """
-    bin = _find_bin(value, widths, heights, slopes, bound, inverse)
-    s, d0, d1 = bin.mean_slope, bin.slope_0, bin.slope_1
-    if inverse:
-        eta, eta_bar = bin.offset, 1 - bin.offset
-        m = d0 * eta_bar - d1 * eta
-        q = m.abs() + torch.sqrt(m.square() + 4 * s.square() * eta * eta_bar)
-        from_left, from_right = 2 * s * eta, 2 * s * eta_bar
-        total = q + torch.where(m >= 0, from_left, from_right)
-        xi = torch.where(m >= 0, from_left, q) / total
-        xi_bar = torch.where(m >= 0, q, from_right) / total
-    else:
-        xi, xi_bar = bin.offset, 1 - bin.offset
-    product = xi * xi_bar
-    below = s * (xi.square() + xi_bar.square()) + (d0 + d1) * product
-    above = d1 * xi.square() + 2 * s * product + d0 * xi_bar.square()
-    log_slope = 2 * (torch.log(s) - torch.log(below)) + torch.log(above)
-    if inverse:
-        return _with_tails(value, bin, xi, -log_slope)
-    return _with_tails(value, bin, xi * (s * xi + d0 * xi_bar) / below, log_slope)
+    bins = int(widths.shape[-1])
+    knots = _knot_slopes(slopes, bins)
+
+    def in_box(value: Tensor) -> tuple[Tensor, Tensor]:
+        if widths.shape[:-1] == value.shape and is_plainly_eager():
+            return _RationalQuadratic.apply(value, widths, heights, knots, bound, inverse)
+        result, log_slope, _ = _in_box(_find_bin(value, widths, heights, knots, bound, inverse), inverse)
+        return result, -log_slope if inverse else log_slope
+
+    return _with_tails(value, slopes, bins, bound, inverse, in_box)
 
 
 def linear_rational(
@@ -142,7 +285,7 @@ def linear_rational(
     bound: float,
     inverse: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    r"""A linear-rational spline with :math:`K` bins, identity outside :math:`[-B, B]`.
+    r"""A linear-rational spline with :math:`K` bins on :math:`[-B, B]`.
 
     Each bin is cut at the share :math:`\lambda` of its width; the height at the cut is
     :math:`\eta_c = \lambda \sqrt{d_0} / A` with :math:`A = \lambda \sqrt{d_0} + (1 - \lambda) \sqrt{d_1}`. On the
@@ -159,7 +302,7 @@ def linear_rational(
         value: inputs ``[...]`` (outputs, if ``inverse``).
         widths: raw bin widths ``[..., K]``.
         heights: raw bin heights ``[..., K]``.
-        slopes: raw slopes at the inner knots ``[..., K - 1]``; zero is the slope 1.
+        slopes: raw slopes at the inner knots ``[..., K - 1]`` or at all ``[..., K + 1]``, as in `rational_quadratic`.
         splits: raw cuts ``[..., K]``; zero cuts a bin in the middle.
         bound: half the side of the box, :math:`B`.
         inverse: map back instead of forth.
@@ -172,26 +315,33 @@ def linear_rational(
         >>> linear_rational(x, raw, raw, raw[:, 1:], raw, bound=5.0)[0]
         tensor([0.3000, 7.0000])
     """
-    bin = _find_bin(value, widths, heights, slopes, bound, inverse)
-    root_0, root_1 = bin.slope_0.sqrt(), bin.slope_1.sqrt()
-    cut = splits.expand(*bin.number.shape[:-1], splits.shape[-1]).gather(-1, bin.number).squeeze(-1)
-    cut = 0.025 + 0.95 * torch.sigmoid(cut)
-    left_part, right_part = cut * root_0, (1 - cut) * root_1
-    total = left_part + right_part
-    weight = root_0 * root_1 * total / bin.mean_slope
+    bins = int(widths.shape[-1])
+    knots = _knot_slopes(slopes, bins)
 
-    on_left = bin.offset * total <= left_part if inverse else bin.offset <= cut
-    near = torch.where(on_left, bin.offset, 1 - bin.offset)
-    share = torch.where(on_left, cut, 1 - cut)
-    end_weight = torch.where(on_left, root_1, root_0)
-    height = torch.where(on_left, left_part, right_part) / total
-    if inverse:
-        position = end_weight * share * near / (weight * (height - near) + end_weight * near)
-    else:
-        position = near
-    below = end_weight * (share - position) + weight * position
-    log_slope = torch.log(bin.mean_slope * end_weight * weight * share * height) - 2 * torch.log(below)
-    if inverse:
-        return _with_tails(value, bin, torch.where(on_left, position, 1 - position), -log_slope)
-    mapped = weight * height * near / below
-    return _with_tails(value, bin, torch.where(on_left, mapped, 1 - mapped), log_slope)
+    def in_box(value: Tensor) -> tuple[Tensor, Tensor]:
+        bin = _find_bin(value, widths, heights, knots, bound, inverse)
+        offset, mean_slope = bin.offset(inverse), bin.height / bin.width
+        root_0, root_1 = bin.slope_0.sqrt(), bin.slope_1.sqrt()
+        cut = splits.expand(*bin.number.shape[:-1], splits.shape[-1]).gather(-1, bin.number).squeeze(-1)
+        cut = 0.025 + 0.95 * torch.sigmoid(cut)
+        left_part, right_part = cut * root_0, (1 - cut) * root_1
+        total = left_part + right_part
+        weight = root_0 * root_1 * total / mean_slope
+
+        on_left = offset * total <= left_part if inverse else offset <= cut
+        near = torch.where(on_left, offset, 1 - offset)
+        share = torch.where(on_left, cut, 1 - cut)
+        end_weight = torch.where(on_left, root_1, root_0)
+        height = torch.where(on_left, left_part, right_part) / total
+        if inverse:
+            position = end_weight * share * near / (weight * (height - near) + end_weight * near)
+        else:
+            position = near
+        below = end_weight * (share - position) + weight * position
+        log_slope = torch.log(mean_slope * end_weight * weight * share * height) - 2 * torch.log(below)
+        if inverse:
+            return bin.left + bin.width * torch.where(on_left, position, 1 - position), -log_slope
+        mapped = weight * height * near / below
+        return bin.bottom + bin.height * torch.where(on_left, mapped, 1 - mapped), log_slope
+
+    return _with_tails(value, slopes, bins, bound, inverse, in_box)

@@ -15,7 +15,7 @@ from torch.distributions import Transform, constraints
 
 from pyroflows.errors import ContextError, OptionError, ShapeError
 from pyroflows.nets import MLP, Activation
-from pyroflows.numerics import sum_last
+from pyroflows.numerics import is_plainly_eager, sum_last
 
 __all__ = ["Compose", "Conditioned", "FlowTransform", "Inverse", "Reshaped", "Wrapped", "with_variants"]
 
@@ -54,11 +54,6 @@ def _same(now: tuple[bool, Tensor], then: tuple[bool, Tensor]) -> bool:
     (grad_now, a), (grad_then, b) = now, then
     alike = grad_now == grad_then and a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
     return alike and torch.equal(a, b)
-
-
-def _memo_is_off() -> bool:
-    tracing = torch._C._get_tracing_state() is not None
-    return torch.compiler.is_compiling() or tracing or torch._C._are_functorch_transforms_active()
 
 
 class FlowTransform(TransformModule, ConditionalTransform):
@@ -289,13 +284,13 @@ class FlowTransform(TransformModule, ConditionalTransform):
                     yield t.requires_grad, t.detach()
 
     def _remember(self, x: Tensor, y: Tensor, log_det: Tensor, *, by_forward: bool) -> None:
-        if not _memo_is_off() and not y.is_meta:
+        if is_plainly_eager() and not y.is_meta:
             values = tuple((grad, value.clone()) for grad, value in self._depends_on(x, y))
             self._memo = _Memo(x, y, log_det, by_forward, torch.is_grad_enabled(), values)
 
     def _recall(self, *, x: Tensor | None = None, y: Tensor | None = None) -> _Memo | None:
         memo = self._memo
-        if memo is None or not (x is None or memo.x is x) or not (y is None or memo.y is y) or _memo_is_off():
+        if memo is None or not (x is None or memo.x is x) or not (y is None or memo.y is y) or not is_plainly_eager():
             return None
         if (x is None or y is None) and memo.by_forward != (x is None):
             return None  # only a result of ours is mapped back, never a tensor of the caller's
