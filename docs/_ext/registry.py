@@ -28,7 +28,7 @@ def summary(entry):
 
 def build(name, group, **options):
     make = plugins.transform if group == "transforms" else plugins.flow
-    for input_dim in INPUT_DIMS:
+    for input_dim in (*getattr(plugins.get(group, name), "input_dims", ()), *INPUT_DIMS):
         try:
             return make(name, input_dim=input_dim, **options)
         except (OptionError, ShapeError):

@@ -1,6 +1,7 @@
 """Conditioner networks: plain modules from tensors to tensors, no densities."""
 
+from pyroflows.nets.cnn import CNN
 from pyroflows.nets.made import MADE
 from pyroflows.nets.mlp import MLP, Activation
 
-__all__ = ["MADE", "MLP", "Activation"]
+__all__ = ["CNN", "MADE", "MLP", "Activation"]

@@ -63,7 +63,7 @@ def check_transform(
         transform: a registered name, a factory ``(input_dim, *, context_dim=0, **options)``, or a built
             transform, which is checked at its own size and on copies.
         input_dims: the numbers of coordinates, or shapes of a point; what the factory refuses with a typed
-            error is noted in the report.
+            error is noted in the report. The sizes that a factory names by `with_input_dims` replace numbers.
         context_dims: the context widths.
         scales: standard deviations of what is added to the parameters.
         dtypes: float32, float64 or both.
@@ -214,6 +214,7 @@ class _Source:
     build: Callable[..., Any]
     variants: tuple[Mapping[str, Any], ...] = ({},)
     built: Any = None
+    input_dims: tuple[Dim, ...] = ()
 
     def anew(self, options: Mapping[str, Any], input_dim: Dim, context_dim: int) -> Callable[[], Any] | None:
         """What builds another one; ``None`` for an object that was not built by name."""
@@ -247,7 +248,7 @@ def _source(group: str, check: str, thing: Any, variants: Sequence[Mapping[str, 
     else:
         raise OptionError(f"expected a registered name, a factory or a built {kind.__name__}, got {thing!r}.")
     own = getattr(factory, "variants", ({},)) if variants is None else variants
-    return _Source(check, label, group, build, tuple(own))
+    return _Source(check, label, group, build, tuple(own), input_dims=tuple(getattr(factory, "input_dims", ())))
 
 
 def _own_shape(transform: FlowTransform) -> tuple[int, ...]:
@@ -357,7 +358,9 @@ def _sizes(
         shape = _own_shape(source.built) if source.group == "transforms" else tuple(source.built.event_shape)
         yield source.built, shape[0] if len(shape) == 1 else shape, source.built.context_dim
         return
-    for input_dim in input_dims:
+    # A factory that names its own sizes, those of images, takes none that is a number.
+    numbers = all(isinstance(input_dim, int) for input_dim in input_dims)
+    for input_dim in source.input_dims if source.input_dims and numbers else input_dims:
         for context_dim in context_dims:
             torch.manual_seed(seed)
             try:

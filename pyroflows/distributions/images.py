@@ -1,0 +1,383 @@
+"""Flows of images by name, and distributions of pixels that are integers.
+
+Kingma, Dhariwal (2018), *Glow*, arXiv:1807.03039; Dinh, Sohl-Dickstein, Bengio (2016), *Density estimation using
+Real NVP*, arXiv:1605.08803; Ho et al. (2019), *Flow++*, arXiv:1902.00275.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, ClassVar, Literal
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.distributions import constraints
+
+from pyroflows.distributions.base import Base
+from pyroflows.distributions.flow import Flow
+from pyroflows.distributions.support import Support
+from pyroflows.errors import OptionError
+from pyroflows.nets import Activation
+from pyroflows.transforms import (
+    Affine,
+    Compose,
+    FlowTransform,
+    ImageCoupling,
+    InvertibleConv1x1,
+    UnivariateMap,
+    channel_actnorm,
+    image_shape,
+    largest_levels,
+    multi_scale,
+    univariate_map,
+    with_input_dims,
+    with_variants,
+)
+
+__all__ = ["Dequantized", "PixelDistribution", "bits_per_dim", "dequantizer", "glow", "logit_interval", "realnvp_image"]
+
+Shape = int | Sequence[int]
+
+
+def _standard_normal_image(shape: torch.Size) -> Base:
+    return Base(dist.Normal, 3, loc=torch.zeros(shape), scale=torch.ones(shape))
+
+
+def _positive(**numbers: int) -> None:
+    for name, number in numbers.items():
+        if not isinstance(number, int) or number < 1:
+            raise OptionError(f"{name} must be a positive integer, got {number!r}.")
+
+
+@with_input_dims((1, 4, 4), (3, 2, 2))
+@with_variants({"levels": 2, "steps": 1, "map": "rational_spline", "squeeze": "haar"})
+def glow(
+    input_dim: Shape,
+    *,
+    context_dim: int = 0,
+    levels: int | None = None,
+    steps: int = 4,
+    map: str | UnivariateMap = "affine",
+    hidden_channels: int = 64,
+    kernel_sizes: Sequence[int] = (3, 1, 3),
+    squeeze: Literal["space", "haar"] = "space",
+    activation: Activation = "relu",
+    support: Support | None = None,
+    **options: Any,
+) -> Flow:
+    """Glow: at several scales, steps of a normalisation, a 1x1 convolution and a coupling (arXiv:1807.03039).
+
+    Args:
+        input_dim: the shape ``(C, H, W)`` of an image.
+        context_dim: the width of the context, which steers the couplings.
+        levels: how often the image is halved; default as often as it can be, at most three times.
+        steps: the number of steps of a scale.
+        map: the univariate map of the couplings, by name.
+        hidden_channels: the channels of each coupling's network.
+        kernel_sizes: the widths of its kernels.
+        squeeze: how a scale makes channels of pixels, ``"space"`` or ``"haar"``.
+        activation: the activation of the networks.
+        support: where the data live; `logit_interval` for pixels divided by their number of levels.
+        **options: of the map.
+
+    Raises:
+        OptionError: ``input_dim`` is no shape, or an option has a value that it cannot take.
+
+    Example:
+        >>> glow((1, 8, 8))().sample((4,)).shape
+        torch.Size([4, 1, 8, 8])
+    """
+    shape = image_shape(input_dim)
+    _positive(steps=steps)
+    g = univariate_map(map, **options)
+
+    def step(shape: torch.Size, i: int) -> list[FlowTransform]:
+        coupling = ImageCoupling(
+            g,
+            shape,
+            context_dim=context_dim,
+            flip=i % 2 == 1,
+            hidden_channels=hidden_channels,
+            kernel_sizes=kernel_sizes,
+            activation=activation,
+        )
+        return [coupling, InvertibleConv1x1(shape[0]).inv, channel_actnorm(shape)]  # its inverse scores by a product
+
+    transform = multi_scale(
+        shape,
+        lambda shape: [layer for i in range(steps) for layer in step(shape, i)],
+        levels=largest_levels(shape) if levels is None else levels,
+        squeeze=squeeze,
+    )
+    return Flow(transform, _standard_normal_image(shape), support=support)
+
+
+@with_input_dims((1, 4, 4), (3, 2, 2))
+def realnvp_image(
+    input_dim: Shape,
+    *,
+    context_dim: int = 0,
+    levels: int | None = None,
+    steps: int = 3,
+    map: str | UnivariateMap = "affine",
+    hidden_channels: int = 64,
+    kernel_sizes: Sequence[int] = (3, 3, 3, 3),
+    activation: Activation = "relu",
+    support: Support | None = None,
+    **options: Any,
+) -> Flow:
+    """Real NVP: couplings of checkerboards, a squeeze, couplings of channels, at several scales (arXiv:1605.08803).
+
+    Each coupling is followed by a normalisation that starts from data, in place of the paper's batch normalisation.
+
+    Args:
+        input_dim: the shape ``(C, H, W)`` of an image.
+        context_dim: the width of the context, which steers the couplings.
+        levels: how often the image is halved; default as often as it can be, at most three times.
+        steps: the number of couplings of each kind at a scale.
+        map: the univariate map of the couplings, by name.
+        hidden_channels: the channels of each coupling's residual network.
+        kernel_sizes: the widths of its kernels.
+        activation: the activation of the networks.
+        support: where the data live; `logit_interval` for pixels divided by their number of levels.
+        **options: of the map.
+
+    Raises:
+        OptionError: ``input_dim`` is no shape, or an option has a value that it cannot take.
+
+    Example:
+        >>> realnvp_image((1, 8, 8))().log_prob(torch.zeros(4, 1, 8, 8)).shape
+        torch.Size([4])
+    """
+    shape = image_shape(input_dim)
+    _positive(steps=steps)
+    g = univariate_map(map, **options)
+
+    def couplings(shape: torch.Size, split: Literal["channel", "checkerboard"] | None) -> list[FlowTransform]:
+        layers: list[FlowTransform] = []
+        for i in range(steps):
+            coupling = ImageCoupling(
+                g,
+                shape,
+                context_dim=context_dim,
+                split=split,
+                flip=i % 2 == 1,
+                hidden_channels=hidden_channels,
+                kernel_sizes=kernel_sizes,
+                activation=activation,
+                residual=True,
+            )
+            layers += [coupling, channel_actnorm(shape)]
+        return layers
+
+    transform = multi_scale(
+        shape,
+        lambda shape: couplings(shape, None),
+        levels=largest_levels(shape) if levels is None else levels,
+        before=lambda shape: couplings(shape, "checkerboard"),
+    )
+    return Flow(transform, _standard_normal_image(shape), support=support)
+
+
+def logit_interval(alpha: float = 0.05) -> constraints.Constraint:
+    r"""A support a little wider than the unit interval: ``logit(alpha + (1 - 2 alpha) x)`` of arXiv:1605.08803.
+
+    A flow with this support maps the reals to :math:`(-m, 1 + m)`, :math:`m = \alpha / (1 - 2\alpha)`, so that black
+    and white lie where the logit is not steep.
+
+    Args:
+        alpha: at least 0 and below a half; 0 is the unit interval.
+
+    Raises:
+        OptionError: ``alpha`` is out of range.
+
+    Example:
+        >>> logit_interval(0.25)
+        Interval(lower_bound=-0.5, upper_bound=1.5)
+    """
+    if not 0 <= alpha < 0.5:
+        raise OptionError(f"alpha must be at least 0 and below 0.5, got {alpha!r}.")
+    margin = alpha / (1 - 2 * alpha)
+    return constraints.interval(-margin, 1 + margin)
+
+
+def bits_per_dim(log_prob: Tensor, event_shape: Sequence[int]) -> Tensor:
+    r"""Nats a point to bits a number: :math:`-\log p / (D \log 2)`, :math:`D` numbers a point.
+
+    Args:
+        log_prob: log-probabilities in nats, any shape.
+        event_shape: the shape of a point.
+
+    Example:
+        >>> bits_per_dim(torch.tensor(-16 * math.log(256.0)), (1, 4, 4))
+        tensor(8.)
+    """
+    return -log_prob / (math.prod(event_shape) * math.log(2))
+
+
+def dequantizer(
+    input_dim: Shape,
+    *,
+    transforms: int = 4,
+    hidden_channels: int = 32,
+    kernel_sizes: Sequence[int] = (3, 1, 3),
+    activation: Activation = "relu",
+) -> Flow:
+    """Learned noise for `Dequantized`: a flow on the unit interval for each pixel, given the image (arXiv:1902.00275).
+
+    Args:
+        input_dim: the shape ``(C, H, W)`` of an image.
+        transforms: the number of couplings, on checkerboards that take turns.
+        hidden_channels: the channels of each coupling's network, which reads the image too.
+        kernel_sizes: the widths of its kernels.
+        activation: its activation.
+
+    Raises:
+        OptionError: ``input_dim`` is no shape, or an option has a value that it cannot take.
+
+    Example:
+        >>> dequantizer((1, 4, 4))(torch.zeros(5, 16)).sample().shape
+        torch.Size([5, 1, 4, 4])
+    """
+    shape = image_shape(input_dim)
+    _positive(transforms=transforms)
+    layers = [
+        ImageCoupling(
+            Affine(),
+            shape,
+            context_dim=shape.numel(),
+            split="checkerboard",
+            flip=i % 2 == 1,
+            hidden_channels=hidden_channels,
+            kernel_sizes=kernel_sizes,
+            activation=activation,
+            image_context=True,
+        )
+        for i in range(transforms)
+    ]
+    return Flow(Compose(layers), _standard_normal_image(shape), support=constraints.unit_interval)
+
+
+class PixelDistribution(dist.TorchDistribution):
+    r"""What a `Dequantized` flow gives: a distribution of images whose pixels are integers :math:`0 \ldots L - 1`.
+
+    The probability of an image is the integral of the density over its cell. ``log_prob`` is a lower bound of its
+    logarithm, estimated with noise :math:`u` in :math:`[0, 1)^D` of density :math:`q`:
+
+    .. math:: \log P(x) \ge E_q\Big[\log \frac1n \sum_{i=1}^n \frac{p((x + u_i) / L)}{L^D q(u_i | x)}\Big].
+
+    Two calls differ; the mean of many is the bound, and training by its gradient is sound. More samples make the bound
+    tighter, and cost as many passes.
+
+    Args:
+        density: the distribution of the images divided by the number of levels.
+        levels: the number of levels :math:`L`.
+        noise: the flow of the noise given the image; uniform if there is none.
+    """
+
+    arg_constraints: ClassVar[dict[str, Any]] = {}
+    has_rsample = False
+
+    def __init__(self, density: Any, levels: int, noise: Flow | None = None) -> None:
+        self.density, self.levels, self.noise = density, levels, noise
+        super().__init__(density.batch_shape, density.event_shape, validate_args=None)
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Integers below the number of levels."""
+        return constraints.independent(constraints.integer_interval(0, self.levels - 1), len(self.event_shape))
+
+    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> PixelDistribution:
+        """The same distribution with another batch shape."""
+        return PixelDistribution(self.density.expand(batch_shape), self.levels, self.noise)
+
+    def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
+        """Images ``[*sample_shape, *batch, C, H, W]`` of whole numbers, as floats; what lies outside is cut off."""
+        with torch.no_grad():
+            value = self.density.sample(torch.Size(sample_shape))
+            return torch.floor(value * self.levels).clamp(0, self.levels - 1)
+
+    def log_prob(self, value: Tensor, samples: int = 1) -> Tensor:
+        """A lower bound of the log-probability ``[*sample, *batch]`` in nats, random.
+
+        Args:
+            value: images ``[*sample, *batch, C, H, W]`` of whole numbers, of any dtype.
+            samples: how many draws of the noise the bound takes, :math:`n`.
+        """
+        if not isinstance(samples, int) or samples < 1:
+            raise OptionError(f"samples must be a positive integer, got {samples!r}.")
+        if self._validate_args and value.numel():
+            self._validate_sample(value)
+        dims, numel = len(self.event_shape), self.event_shape.numel()
+        if not value.is_floating_point():
+            value = value.to(torch.get_default_dtype())
+        if self.noise is None:
+            u, log_q = torch.rand((samples, *value.shape), dtype=value.dtype, device=value.device), 0.0
+        else:
+            context = 2 * value.flatten(-dims) / (self.levels - 1) - 1
+            u, log_q = self.noise(context).rsample_with_log_prob((samples,))
+        log_p = self.density.log_prob((value + u) / self.levels) - log_q - numel * math.log(self.levels)
+        return torch.logsumexp(log_p, 0) - math.log(samples)
+
+    def bits_per_dim(self, value: Tensor, samples: int = 1) -> Tensor:
+        """An upper bound of the bits a pixel and channel that the image takes, ``[*sample, *batch]``, random.
+
+        Args:
+            value: images ``[*sample, *batch, C, H, W]`` of whole numbers.
+            samples: how many draws of the noise the bound takes.
+        """
+        return bits_per_dim(self.log_prob(value, samples), self.event_shape)
+
+
+class Dequantized(nn.Module):
+    """A flow of images as a distribution of pixels that are integers; its call gives a `PixelDistribution`.
+
+    Args:
+        flow: a flow of images whose pixels were divided by the number of levels, such as
+            ``glow((1, 28, 28), support=logit_interval())``.
+        levels: the number of levels of a pixel; 256 for bytes.
+        noise: what is added to the integers: ``None`` for uniform noise (Theis et al. 2015, arXiv:1511.01844), or a
+            flow on the unit interval that reads the image, such as `dequantizer` makes: it is trained along and makes
+            the bound tighter (Ho et al. 2019, arXiv:1902.00275).
+
+    Raises:
+        OptionError: ``levels`` is below 2, or the noise is not of the flow's images.
+
+    Example:
+        >>> model = Dequantized(glow((1, 4, 4), steps=1, support=logit_interval()), levels=17)
+        >>> model().sample((5,)).shape
+        torch.Size([5, 1, 4, 4])
+        >>> model().bits_per_dim(torch.full((5, 1, 4, 4), 3)).shape
+        torch.Size([5])
+    """
+
+    def __init__(self, flow: Flow, levels: int = 256, noise: Flow | None = None) -> None:
+        super().__init__()
+        if not isinstance(levels, int) or levels < 2:
+            raise OptionError(f"levels must be an integer above 1, got {levels!r}.")
+        if noise is not None and (noise.event_shape, noise.context_dim) != (flow.event_shape, flow.input_dim):
+            raise OptionError(
+                f"the noise must be a flow of images {tuple(flow.event_shape)} with context_dim={flow.input_dim}, got "
+                f"{tuple(noise.event_shape)} and {noise.context_dim}. Build it with dequantizer."
+            )
+        self.flow, self.levels, self.noise = flow, levels, noise
+        self.context_dim = flow.context_dim
+
+    def forward(self, context: Tensor | None = None) -> PixelDistribution:
+        """The distribution, with the context's batch shape.
+
+        Args:
+            context: ``[*batch, context_dim]`` if the flow reads one.
+
+        Raises:
+            ContextError: a context is missing, unexpected, or of the wrong width.
+        """
+        return PixelDistribution(self.flow(context), self.levels, self.noise)
+
+    def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
+        """Sets the starting values of layers that take them from data, from images ``x`` ``[n, C, H, W]``."""
+        like = next(iter(self.flow.parameters()))
+        x = x.to(like)
+        self.flow.initialize((x + torch.rand_like(x)) / self.levels, context)
