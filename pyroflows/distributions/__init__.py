@@ -2,20 +2,36 @@
 
 from pyroflows.distributions.base import Base, standard_normal
 from pyroflows.distributions.flow import Flow, FlowDistribution, Standardize
+from pyroflows.distributions.images import (
+    Dequantized,
+    PixelDistribution,
+    bits_per_dim,
+    dequantizer,
+    glow,
+    logit_interval,
+    realnvp_image,
+)
 from pyroflows.distributions.recipes import iaf, maf, nice, nsf, planar, radial, realnvp, sylvester
 
 __all__ = [
     "Base",
+    "Dequantized",
     "Flow",
     "FlowDistribution",
+    "PixelDistribution",
     "Standardize",
+    "bits_per_dim",
+    "dequantizer",
+    "glow",
     "iaf",
+    "logit_interval",
     "maf",
     "nice",
     "nsf",
     "planar",
     "radial",
     "realnvp",
+    "realnvp_image",
     "standard_normal",
     "sylvester",
 ]
