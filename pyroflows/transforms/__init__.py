@@ -9,6 +9,7 @@ from pyroflows.transforms.base import (
     Wrapped,
     with_variants,
 )
+from pyroflows.transforms.block import BlockAutoregressive
 from pyroflows.transforms.image_structures import (
     FactorOut,
     ImageCoupling,
@@ -31,14 +32,41 @@ from pyroflows.transforms.images import (
     with_input_dims,
 )
 from pyroflows.transforms.lemma import Planar, Radial, Sylvester
-from pyroflows.transforms.linear import ActNorm, LULinear, Permutation
-from pyroflows.transforms.maps import Additive, Affine, NumericMap, RationalSpline, UnivariateMap
-from pyroflows.transforms.matrix import Householder, MatrixExponential
+from pyroflows.transforms.linear import (
+    LowRankLinear,
+    LULinear,
+    Permutation,
+    QRLinear,
+    SVDLinear,
+    TriangularLinear,
+)
+from pyroflows.transforms.manifolds import (
+    CIRCLE_MAPS,
+    SPHERE,
+    TORUS,
+    CircularAutoregressive,
+    CircularCoupling,
+    CircularSpline,
+    EqualArea,
+    Moebius,
+    wrap_angle,
+)
+from pyroflows.transforms.maps import Additive, Affine, NumericMap, UnivariateMap
+from pyroflows.transforms.matrix import Factor, Householder, Linear, MatrixExponential, Orthogonal
+from pyroflows.transforms.mixtures import DeepSigmoid, Gaussianization, LogisticMixture
+from pyroflows.transforms.monotone import Bernstein, SumOfSquares, UnconstrainedMonotonic, VolumePreserving
+from pyroflows.transforms.monotone_named import (
+    conditional_neural_autoregressive,
+    conditional_polynomial,
+    neural_autoregressive,
+    polynomial,
+)
 from pyroflows.transforms.named import (
     additive_coupling,
     affine,
     affine_autoregressive,
     affine_coupling,
+    batchnorm,
     conditional_affine_autoregressive,
     conditional_affine_coupling,
     conditional_householder,
@@ -59,21 +87,36 @@ from pyroflows.transforms.named import (
     spline_coupling,
     sylvester,
 )
+from pyroflows.transforms.normalisation import ActNorm, BatchNorm
 from pyroflows.transforms.products import MAPS, autoregressive, coupling, elementwise, univariate_map
+from pyroflows.transforms.splines import PolynomialSpline, RationalSpline
 from pyroflows.transforms.structures import Autoregressive, Coupling, Elementwise
 
 __all__ = [
+    "CIRCLE_MAPS",
     "MAPS",
+    "SPHERE",
+    "TORUS",
     "ActNorm",
     "Additive",
     "Affine",
     "Autoregressive",
+    "BatchNorm",
+    "Bernstein",
+    "BlockAutoregressive",
+    "CircularAutoregressive",
+    "CircularCoupling",
+    "CircularSpline",
     "Compose",
     "Conditioned",
     "Coupling",
+    "DeepSigmoid",
     "Elementwise",
+    "EqualArea",
+    "Factor",
     "FactorOut",
     "FlowTransform",
+    "Gaussianization",
     "GeneralizedChannelPermute",
     "Haar",
     "Householder",
@@ -82,30 +125,45 @@ __all__ = [
     "Inverse",
     "InvertibleConv1x1",
     "LULinear",
+    "Linear",
+    "LogisticMixture",
+    "LowRankLinear",
     "MatrixExponential",
+    "Moebius",
     "NumericMap",
+    "Orthogonal",
     "Permutation",
     "Pixelwise",
     "Planar",
+    "PolynomialSpline",
+    "QRLinear",
     "Radial",
     "RationalSpline",
     "Reshaped",
+    "SVDLinear",
     "Squeeze",
+    "SumOfSquares",
     "Sylvester",
+    "TriangularLinear",
+    "UnconstrainedMonotonic",
     "UnivariateMap",
+    "VolumePreserving",
     "Wrapped",
     "additive_coupling",
     "affine",
     "affine_autoregressive",
     "affine_coupling",
     "autoregressive",
+    "batchnorm",
     "channel_actnorm",
     "conditional_affine_autoregressive",
     "conditional_affine_coupling",
     "conditional_generalized_channel_permute",
     "conditional_householder",
     "conditional_matrix_exponential",
+    "conditional_neural_autoregressive",
     "conditional_planar",
+    "conditional_polynomial",
     "conditional_radial",
     "conditional_spline",
     "conditional_spline_autoregressive",
@@ -121,8 +179,10 @@ __all__ = [
     "largest_levels",
     "matrix_exponential",
     "multi_scale",
+    "neural_autoregressive",
     "permute",
     "planar",
+    "polynomial",
     "radial",
     "spline",
     "spline_autoregressive",
@@ -131,4 +191,5 @@ __all__ = [
     "univariate_map",
     "with_input_dims",
     "with_variants",
+    "wrap_angle",
 ]

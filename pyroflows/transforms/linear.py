@@ -1,24 +1,61 @@
-"""Linear layers: permutations, a general matrix by its LU factors, and activation normalisation.
+r"""Linear layers: permutations, and matrices by LU, QR, SVD, one triangle, or a diagonal and a low rank.
 
 Kingma, Dhariwal (2018), *Glow*, arXiv:1807.03039; Oliva et al. (2018), *Transformation autoregressive
-networks*, arXiv:1801.09819.
+networks*, arXiv:1801.09819; Hoogeboom, van den Berg, Welling (2019), *Emerging convolutions for generative
+normalizing flows*, arXiv:1901.11137 (QR).
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.distributions import constraints
+from torch.nn.functional import softplus
 
 from pyroflows.errors import OptionError
-from pyroflows.nets import Activation
-from pyroflows.numerics import bounded_log_scale, positive, sum_last
-from pyroflows.transforms.base import FlowTransform
+from pyroflows.numerics import matvec, positive, sum_last
+from pyroflows.transforms.base import FlowTransform, with_variants
+from pyroflows.transforms.matrix import Factor, Linear, normals_of_identity, reflected, rotation
 
-__all__ = ["ActNorm", "LULinear", "Permutation"]
+__all__ = ["LULinear", "LowRankLinear", "Permutation", "QRLinear", "SVDLinear", "TriangularLinear", "as_permutation"]
+
+
+# --- permutations ----------------------------------------------------------------------------------------
+
+
+def as_permutation(permutation: str | Sequence[int] | Tensor, size: int) -> Tensor:
+    """A permutation of ``0 .. size - 1``: ``"identity"``, ``"reverse"``, ``"random"`` (torch's generator), or given.
+
+    Raises:
+        OptionError: there is no such name, or what is given is no permutation of so many entries.
+
+    Example:
+        >>> as_permutation("reverse", 3)
+        tensor([2, 1, 0])
+    """
+    if isinstance(permutation, str):
+        named = {"identity": torch.arange, "reverse": lambda n: torch.arange(n).flip(0), "random": torch.randperm}
+        if permutation not in named:
+            raise OptionError(f'expected "identity", "reverse", "random" or a sequence, got {permutation!r}.')
+        return named[permutation](size)
+    order = torch.as_tensor(permutation, dtype=torch.long)
+    if order.dim() != 1 or len(order) != size or (not order.is_meta and sorted(order.tolist()) != list(range(size))):
+        raise OptionError(f"expected a permutation of 0 .. {size - 1}, got {order.tolist()}.")
+    return order.clone()
+
+
+def _sign_of(permutation: Tensor) -> int:
+    order, sign = permutation.tolist(), 1
+    for i in range(len(order)):
+        while order[i] != i:  # each swap puts one entry where it belongs
+            j = order[i]
+            order[i], order[j] = order[j], order[i]
+            sign = -sign
+    return sign
 
 
 class Permutation(FlowTransform):
@@ -27,6 +64,7 @@ class Permutation(FlowTransform):
     Args:
         permutation: which entry goes where, a permutation of ``0 .. n - 1``.
         dim: the dimension that is permuted, negative; all from it on belong to one point.
+        cache_size: accepted for Pyro's sake and without effect: the memory of a layer is always safe.
 
     Raises:
         OptionError: ``permutation`` is none, or ``dim`` is not negative.
@@ -40,28 +78,25 @@ class Permutation(FlowTransform):
     permutation: Tensor
     back: Tensor
 
-    def __init__(self, permutation: Sequence[int] | Tensor, *, dim: int = -1) -> None:
+    def __init__(self, permutation: Sequence[int] | Tensor, *, dim: int = -1, cache_size: int = 1) -> None:
         super().__init__()
         if dim >= 0:
             raise OptionError(f"dim must be negative, got {dim}.")
         self.dim = dim
         self.domain = self.codomain = constraints.independent(constraints.real, -dim)
-        order = torch.as_tensor(permutation, dtype=torch.long)
-        if order.dim() != 1 or (not order.is_meta and sorted(order.tolist()) != list(range(len(order)))):
-            raise OptionError(f"expected a permutation of 0 .. {len(order) - 1}, got {order.tolist()}.")
-        self.register_buffer("permutation", order.clone())
+        order = as_permutation(permutation, len(permutation))
+        self.register_buffer("permutation", order)
         self.register_buffer("back", torch.argsort(order))
 
     @property
     def sign(self) -> int:
         """Whether the permutation is even (1) or odd (-1)."""
-        order, sign = self.permutation.tolist(), 1
-        for i in range(len(order)):
-            while order[i] != i:  # each swap puts one entry where it belongs
-                j = order[i]
-                order[i], order[j] = order[j], order[i]
-                sign = -sign
-        return sign
+        return _sign_of(self.permutation)
+
+    @property
+    def inv_permutation(self) -> Tensor:
+        """The permutation that undoes this one."""
+        return self.back
 
     def _permute(self, value: Tensor, order: Tensor) -> tuple[Tensor, Tensor]:
         if value.dim() < -self.dim or value.shape[self.dim] != len(order):
@@ -78,21 +113,239 @@ class Permutation(FlowTransform):
         return self._permute(y, self.back)
 
 
-class LULinear(FlowTransform):
-    r"""A linear map with a triangular factorisation: :math:`y = L U x + b`, starting at the identity.
+# --- factors ---------------------------------------------------------------------------------------------
+
+
+def _triangular(entries: Tensor, diagonal: Tensor | None, *, upper: bool) -> Factor:
+    r"""The strict triangle of ``entries / sqrt(D)`` with a positive diagonal, one if there is none."""
+    triangle = (entries.triu(1) if upper else entries.tril(-1)) / math.sqrt(entries.shape[-1])
+    unit = diagonal is None
+    values = torch.ones_like(entries[..., 0]) if diagonal is None else positive(diagonal)
+    matrix = triangle + torch.diag_embed(values)
+
+    def solve(y: Tensor) -> Tensor:
+        if matrix.dim() == 2:  # one matrix for all rows
+            rows = y.reshape(-1, y.shape[-1])
+            options = {"upper": not upper, "left": False, "unitriangular": unit}
+            return torch.linalg.solve_triangular(matrix.mT, rows, **options).reshape(y.shape)
+        column = torch.linalg.solve_triangular(matrix, y.unsqueeze(-1), upper=upper, unitriangular=unit)
+        return column.squeeze(-1)
+
+    return Factor(lambda x: matvec(matrix, x), solve, sum_last(torch.log(values)))
+
+
+def _diagonal(raw: Tensor) -> Factor:
+    values = positive(raw)
+    return Factor(lambda x: values * x, lambda y: y / values, sum_last(torch.log(values)))
+
+
+def _rank_one(u: Tensor, v: Tensor) -> Factor:
+    r""":math:`I + k u v^\top` by Sherman and Morrison, with :math:`k > 0` such that :math:`k v^\top u > -1` and
+    :math:`k |u| |v| < 10`: what one step stretches without bound, the next one could cancel.
+    """
+    u = u / torch.sqrt(1 + u.square().sum(-1, keepdim=True) * v.square().sum(-1, keepdim=True) / 100)
+    product = (u * v).sum(-1, keepdim=True)
+    shrink = 1 / (1 + 1.01 * softplus(-product))
+    largest = v.detach().abs().amax(-1, keepdim=True) * v.shape[-1]
+    unit = torch.where(largest > 0, largest, torch.ones_like(largest))  # so that no product overflows
+    u, v, a = u * shrink * unit, v / unit, product * shrink
+
+    def times(x: Tensor) -> Tensor:
+        return x + u * (v * x).sum(-1, keepdim=True)
+
+    def solve(y: Tensor) -> Tensor:
+        return y - u * ((v * y).sum(-1, keepdim=True) / (1 + a))
+
+    return Factor(times, solve, sum_last(torch.log1p(a)))
+
+
+# --- layers ----------------------------------------------------------------------------------------------
+
+
+@with_variants({"permutation": "random"})
+class LULinear(Linear):
+    r"""A linear map with a triangular factorisation: :math:`y = P L U x + b`, starting at :math:`P x`.
 
     :math:`L` is unit lower triangular, :math:`U` upper triangular with a positive diagonal, and entries off the
-    diagonals are scaled by :math:`1 / \sqrt{D}`. Every matrix with positive leading minors is of this form.
+    diagonals are scaled by :math:`1 / \sqrt{D}`. :math:`P` is a fixed permutation, a buffer. With the right one
+    every invertible matrix is of this form up to the signs of the diagonal.
 
     Args:
         input_dim: the number of coordinates, :math:`D`.
-        context_dim: the width of the context.
+        context_dim: the width of the context; with one, a network gives :math:`L`, :math:`U` and :math:`b`.
+        bias: whether :math:`b` is learned; zero otherwise.
+        permutation: :math:`P`: ``"identity"``, ``"reverse"``, ``"random"``, or which entry goes where.
+        hidden_dims: the hidden widths of the network that reads the context.
+        activation: its activation.
+
+    Raises:
+        OptionError: ``permutation`` is none of these.
+
+    Example:
+        >>> LULinear(2)(torch.tensor([1.0, 2.0])).detach().round(decimals=5)
+        tensor([1., 2.])
+    """
+
+    permutation: Tensor
+    back: Tensor
+
+    def __init__(
+        self,
+        input_dim: int,
+        *,
+        context_dim: int = 0,
+        bias: bool = True,
+        permutation: str | Sequence[int] = "identity",
+        **network: Any,
+    ) -> None:
+        square = torch.zeros(input_dim, input_dim)
+        initial = {"lower": square, "upper": square, "diagonal": torch.zeros(input_dim)}
+        super().__init__(input_dim, context_dim=context_dim, bias=bias, **network, **initial)
+        self.permuted = permutation != "identity"
+        if self.permuted:
+            self.register_buffer("permutation", as_permutation(permutation, input_dim))
+            self.register_buffer("back", torch.argsort(self.permutation))
+
+    @property
+    def sign(self) -> int:
+        """The sign of the permutation."""
+        return _sign_of(self.permutation) if self.permuted else 1
+
+    def factors(self, raw: Mapping[str, Tensor]) -> Sequence[Factor]:
+        """The permutation, the lower and the upper triangle."""
+        upper = _triangular(raw["upper"], raw["diagonal"], upper=True)
+        lower = _triangular(raw["lower"], None, upper=False)
+        if not self.permuted:
+            return lower, upper
+        return (
+            Factor(
+                lambda x: x.index_select(-1, self.permutation),
+                lambda y: y.index_select(-1, self.back),
+                torch.zeros_like(lower.log_det),
+            ),
+            lower,
+            upper,
+        )
+
+
+class QRLinear(Linear):
+    r"""A linear map as a rotation of a triangle: :math:`y = Q R x + b`, starting at the identity.
+
+    :math:`Q` is a product of Householder reflections and :math:`R` upper triangular with a positive diagonal, its
+    other entries scaled by :math:`1 / \sqrt{D}`. With :math:`D` reflections every matrix with a positive determinant
+    is of this form.
+
+    Args:
+        input_dim: the number of coordinates, :math:`D`.
+        context_dim: the width of the context; with one, a network gives all parameters.
+        reflections: the number of reflections, even; default ``input_dim`` or one more.
         bias: whether :math:`b` is learned; zero otherwise.
         hidden_dims: the hidden widths of the network that reads the context.
         activation: its activation.
 
+    Raises:
+        OptionError: the number of reflections is odd or not positive.
+
     Example:
-        >>> LULinear(2)(torch.tensor([1.0, 2.0])).detach().round(decimals=5)
+        >>> QRLinear(2)(torch.tensor([1.0, 2.0])).detach().round(decimals=5)
+        tensor([1., 2.])
+    """
+
+    sign = 1
+    identity: Tensor
+
+    def __init__(
+        self,
+        input_dim: int,
+        *,
+        context_dim: int = 0,
+        reflections: int | None = None,
+        bias: bool = True,
+        **network: Any,
+    ) -> None:
+        initial = {
+            "normals": normals_of_identity(input_dim, reflections),
+            "upper": torch.zeros(input_dim, input_dim),
+            "diagonal": torch.zeros(input_dim),
+        }
+        super().__init__(input_dim, context_dim=context_dim, bias=bias, **network, **initial)
+        self.register_buffer("identity", torch.eye(input_dim))
+
+    def factors(self, raw: Mapping[str, Tensor]) -> Sequence[Factor]:
+        """The rotation and the triangle."""
+        turn = reflected(self.identity.to(raw["normals"].dtype), raw["normals"])
+        return rotation(turn), _triangular(raw["upper"], raw["diagonal"], upper=True)
+
+
+class SVDLinear(Linear):
+    r"""A linear map by its singular values: :math:`y = U S V x + b`, starting at the identity.
+
+    :math:`U` and :math:`V` are products of Householder reflections, :math:`S` is a positive diagonal. With :math:`D`
+    reflections each, every matrix with a positive determinant is of this form.
+
+    Args:
+        input_dim: the number of coordinates, :math:`D`.
+        context_dim: the width of the context; with one, a network gives all parameters.
+        reflections: the number of reflections of each rotation, even; default ``input_dim`` or one more.
+        bias: whether :math:`b` is learned; zero otherwise.
+        hidden_dims: the hidden widths of the network that reads the context.
+        activation: its activation.
+
+    Raises:
+        OptionError: the number of reflections is odd or not positive.
+
+    Example:
+        >>> SVDLinear(2)(torch.tensor([1.0, 2.0])).detach().round(decimals=5)
+        tensor([1., 2.])
+    """
+
+    sign = 1
+    identity: Tensor
+
+    def __init__(
+        self,
+        input_dim: int,
+        *,
+        context_dim: int = 0,
+        reflections: int | None = None,
+        bias: bool = True,
+        **network: Any,
+    ) -> None:
+        initial = {
+            "left": normals_of_identity(input_dim, reflections),
+            "diagonal": torch.zeros(input_dim),
+            "right": normals_of_identity(input_dim, reflections),
+        }
+        super().__init__(input_dim, context_dim=context_dim, bias=bias, **network, **initial)
+        self.register_buffer("identity", torch.eye(input_dim))
+
+    def factors(self, raw: Mapping[str, Tensor]) -> Sequence[Factor]:
+        """A rotation, the singular values, a rotation."""
+        identity = self.identity.to(raw["diagonal"].dtype)
+        left, right = (rotation(reflected(identity, raw[side])) for side in ("left", "right"))
+        return left, _diagonal(raw["diagonal"]), right
+
+
+@with_variants({"triangle": "upper"})
+class TriangularLinear(Linear):
+    r"""A triangular linear map, :math:`y = T x + b`, starting at the identity.
+
+    :math:`T` has a positive diagonal, its other entries are scaled by :math:`1 / \sqrt{D}`. On a standard normal it
+    makes every multivariate normal.
+
+    Args:
+        input_dim: the number of coordinates, :math:`D`.
+        triangle: ``"lower"`` or ``"upper"``.
+        context_dim: the width of the context; with one, a network gives :math:`T` and :math:`b`.
+        bias: whether :math:`b` is learned; zero otherwise.
+        hidden_dims: the hidden widths of the network that reads the context.
+        activation: its activation.
+
+    Raises:
+        OptionError: ``triangle`` is neither.
+
+    Example:
+        >>> TriangularLinear(2)(torch.tensor([1.0, 2.0])).detach().round(decimals=5)
         tensor([1., 2.])
     """
 
@@ -101,124 +354,64 @@ class LULinear(FlowTransform):
     def __init__(
         self,
         input_dim: int,
+        triangle: Literal["lower", "upper"] = "lower",
         *,
         context_dim: int = 0,
         bias: bool = True,
-        hidden_dims: Sequence[int] = (128, 128),
-        activation: Activation = "relu",
+        **network: Any,
     ) -> None:
-        super().__init__(context_dim)
-        self.input_dim = input_dim
-        initial = {
-            "lower": torch.zeros(input_dim, input_dim),
-            "upper": torch.zeros(input_dim, input_dim),
-            "diagonal": torch.zeros(input_dim),
-        }
-        if bias:
-            initial["bias"] = torch.zeros(input_dim)
-        self.declare_parameters(hidden_dims=hidden_dims, activation=activation, **initial)
+        if triangle not in ("lower", "upper"):
+            raise OptionError(f'triangle must be "lower" or "upper", got {triangle!r}.')
+        initial = {"entries": torch.zeros(input_dim, input_dim), "diagonal": torch.zeros(input_dim)}
+        super().__init__(input_dim, context_dim=context_dim, bias=bias, **network, **initial)
+        self.triangle = triangle
 
-    def _factors(self, context: Tensor | None) -> tuple[Tensor, Tensor, Tensor, Tensor | float]:
-        raw = self.parameters_of(context)
-        size = math.sqrt(self.input_dim)
-        diagonal = positive(raw["diagonal"])
-        lower = raw["lower"].tril(-1) / size + torch.eye(self.input_dim, device=diagonal.device, dtype=diagonal.dtype)
-        upper = raw["upper"].triu(1) / size + torch.diag_embed(diagonal)
-        return lower, upper, sum_last(torch.log(diagonal)), raw.get("bias", 0.0)
-
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``L U x + b`` and the sum of the diagonal's logs."""
-        self.check_width(x, self.input_dim)
-        lower, upper, log_det, bias = self._factors(context)
-        if lower.dim() == 2:
-            y = x @ upper.mT @ lower.mT + bias
-        else:
-            y = (lower @ (upper @ x.unsqueeze(-1))).squeeze(-1) + bias
-        return y, log_det.expand(y.shape[:-1])
-
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Two triangular solves."""
-        self.check_width(y, self.input_dim)
-        lower, upper, log_det, bias = self._factors(context)
-        x = y - bias
-        solve = torch.linalg.solve_triangular
-        if lower.dim() == 2:  # one matrix for all rows
-            rows = x.reshape(-1, self.input_dim)
-            rows = solve(lower.mT, rows, upper=True, left=False, unitriangular=True)
-            x = solve(upper.mT, rows, upper=False, left=False).reshape(x.shape)
-        else:
-            column = solve(lower, x.unsqueeze(-1), upper=False, unitriangular=True)
-            x = solve(upper, column, upper=True).squeeze(-1)
-        return x, -log_det.expand(x.shape[:-1])
+    def factors(self, raw: Mapping[str, Tensor]) -> Sequence[Factor]:
+        """The triangle."""
+        return (_triangular(raw["entries"], raw["diagonal"], upper=self.triangle == "upper"),)
 
 
-class ActNorm(FlowTransform):
-    r"""A learned shift and scale of each coordinate, :math:`y = e^s x + t`, that can start from data.
+@with_variants({"rank": 2})
+class LowRankLinear(Linear):
+    r"""A diagonal plus a low rank: :math:`y = S \prod_{k=1}^{r} (I + u_k v_k^\top) x + b`, starting at the identity.
 
-    ``initialize(y)`` sets both so that the inverse of the given batch has mean zero and standard deviation
-    one; ``pyroflows.fit`` calls it on the training data.
+    The matrix differs from the positive diagonal :math:`S` by a matrix of rank :math:`r`. Each factor is inverted by
+    the formula of Sherman and Morrison, and its determinant :math:`1 + v_k^\top u_k` is kept positive, and
+    :math:`|u_k| |v_k|` below 10, by shrinking :math:`u_k`. So there is an inverse at every parameter value, and both directions
+    cost :math:`O(r D)` a row.
 
     Args:
-        input_dim: the number of coordinates.
-        context_dim: the width of the context.
-        max_log_scale: the log scale stays in ``(-max_log_scale, max_log_scale)``.
+        input_dim: the number of coordinates, :math:`D`.
+        rank: :math:`r`.
+        context_dim: the width of the context; with one, a network gives all parameters.
+        bias: whether :math:`b` is learned; zero otherwise.
         hidden_dims: the hidden widths of the network that reads the context.
         activation: its activation.
 
+    Raises:
+        OptionError: ``rank`` is not a positive integer.
+
     Example:
-        >>> layer = ActNorm(1)
-        >>> layer.initialize(torch.tensor([[3.0], [5.0], [7.0]]))
-        >>> layer.inv(torch.tensor([[5.0]]))
-        tensor([[0.]], grad_fn=<...>)
+        >>> LowRankLinear(2)(torch.tensor([1.0, 2.0])).detach().round(decimals=5)
+        tensor([1., 2.])
     """
 
     sign = 1
 
     def __init__(
-        self,
-        input_dim: int,
-        *,
-        context_dim: int = 0,
-        max_log_scale: float = 10.0,
-        hidden_dims: Sequence[int] = (128, 128),
-        activation: Activation = "relu",
+        self, input_dim: int, rank: int = 1, *, context_dim: int = 0, bias: bool = True, **network: Any
     ) -> None:
-        super().__init__(context_dim)
-        if not max_log_scale > 0:
-            raise OptionError(f"max_log_scale must be positive, got {max_log_scale}.")
-        self.input_dim, self.max_log_scale = input_dim, max_log_scale
-        self.declare_parameters(
-            hidden_dims=hidden_dims,
-            activation=activation,
-            shift=torch.zeros(input_dim),
-            raw_log_scale=torch.zeros(input_dim),
-        )
+        if not isinstance(rank, int) or rank < 1:
+            raise OptionError(f"rank must be a positive integer, got {rank!r}.")
+        initial = {
+            "diagonal": torch.zeros(input_dim),
+            "u": torch.zeros(rank, input_dim),
+            "v": torch.randn(rank, input_dim),
+        }
+        super().__init__(input_dim, context_dim=context_dim, bias=bias, **network, **initial)
 
-    def initialize(self, y: Tensor, context: Tensor | None = None) -> None:
-        """Sets shift and scale to the mean and standard deviation of ``y``, over all but the last dimension."""
-        rows = y.detach().reshape(-1, self.input_dim)
-        if len(rows) < 2:
-            return
-        with torch.no_grad():
-            shift, scale = rows.mean(0), rows.std(0)
-            inside = (torch.log(scale.clamp_min(1e-30)) / self.max_log_scale).clamp(-0.999, 0.999)
-            raw = self.max_log_scale * torch.atanh(inside)
-            self.start_from(shift=shift, raw_log_scale=raw)
-
-    def _shift_and_log_scale(self, context: Tensor | None) -> tuple[Tensor, Tensor]:
-        raw = self.parameters_of(context)
-        return raw["shift"], bounded_log_scale(raw["raw_log_scale"], self.max_log_scale)
-
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``e^s x + t`` and the sum of ``s``."""
-        self.check_width(x, self.input_dim)
-        shift, log_scale = self._shift_and_log_scale(context)
-        y = x * torch.exp(log_scale) + shift
-        return y, sum_last(log_scale).expand(y.shape[:-1])
-
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``(y - t) e^-s`` and minus the sum of ``s``."""
-        self.check_width(y, self.input_dim)
-        shift, log_scale = self._shift_and_log_scale(context)
-        x = (y - shift) * torch.exp(-log_scale)
-        return x, -sum_last(log_scale).expand(x.shape[:-1])
+    def factors(self, raw: Mapping[str, Tensor]) -> Sequence[Factor]:
+        """The diagonal, and each step of rank one."""
+        size = math.sqrt(self.input_dim)
+        pairs = zip((raw["u"] / size).unbind(-2), (raw["v"] / size).unbind(-2), strict=True)
+        return (_diagonal(raw["diagonal"]), *(_rank_one(u, v) for u, v in pairs))

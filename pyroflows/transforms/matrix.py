@@ -1,14 +1,16 @@
-r"""Linear layers by a matrix that is a product of reflections, or an exponential.
+r"""Linear layers: what they share, rotations of three kinds, and exponentials.
 
 Householder products: Tomczak, Welling (2016), *Improving variational auto-encoders using Householder flow*,
 arXiv:1611.09630. Exponentials: Hoogeboom, Satorras, Tomczak, Welling (2020), *The convolution exponential and
-generalized Sylvester flows*, arXiv:2006.01910.
+generalized Sylvester flows*, arXiv:2006.01910. Cayley transforms and exponentials of skew matrices: Lezcano-Casado,
+Martínez-Rubio (2019), *Cheap orthogonal constraints in neural networks*, arXiv:1901.08428.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,7 +20,91 @@ from pyroflows.nets import Activation
 from pyroflows.numerics import matvec, sum_last
 from pyroflows.transforms.base import FlowTransform, with_variants
 
-__all__ = ["Householder", "MatrixExponential", "reflected"]
+__all__ = [
+    "Factor",
+    "Householder",
+    "Linear",
+    "MatrixExponential",
+    "Orthogonal",
+    "normals_of_identity",
+    "reflected",
+    "rotation",
+]
+
+
+class Factor(NamedTuple):
+    """A matrix, or one a row, by what it does.
+
+    Attributes:
+        times: the product with vectors ``[*batch, D]``.
+        solve: the product of its inverse with them.
+        log_det: the log of its absolute determinant, ``[]`` or one a matrix.
+    """
+
+    times: Callable[[Tensor], Tensor]
+    solve: Callable[[Tensor], Tensor]
+    log_det: Tensor
+
+
+class Linear(FlowTransform):
+    r"""A linear layer by its factors, :math:`y = F_1 F_2 \cdots F_n x + b`; a subclass says which.
+
+    Args:
+        input_dim: the number of coordinates, :math:`D`.
+        context_dim: the width of the context; with one, a network gives all parameters.
+        bias: whether :math:`b` is learned; zero otherwise.
+        hidden_dims: the hidden widths of the network that reads the context.
+        activation: its activation.
+        **initial: the starting value of each parameter of the factors.
+    """
+
+    def __init__(
+        self,
+        input_dim: int,
+        *,
+        context_dim: int = 0,
+        bias: bool = True,
+        hidden_dims: Sequence[int] = (128, 128),
+        activation: Activation = "relu",
+        **initial: Tensor,
+    ) -> None:
+        super().__init__(context_dim)
+        self.input_dim = input_dim
+        if bias:
+            initial["bias"] = torch.zeros(input_dim)
+        self.declare_parameters(hidden_dims=hidden_dims, activation=activation, **initial)
+
+    def factors(self, raw: Mapping[str, Tensor]) -> Sequence[Factor]:
+        """The factors from the left to the right, from the declared parameters in at least float32."""
+        raise NotImplementedError
+
+    def _read(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Sequence[Factor], Tensor | float]:
+        """The value, the factors and the bias in at least float32: half precision cannot solve."""
+        self.check_width(value, self.input_dim)
+        dtype = torch.promote_types(value.dtype, torch.float32)
+        raw = {name: tensor.to(dtype) for name, tensor in self.parameters_of(context).items()}
+        return value.to(dtype), self.factors(raw), raw.get("bias", 0.0)
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The product with each factor, the last one first, and the sum of their log-dets."""
+        y, factors, bias = self._read(x, context)
+        for factor in reversed(factors):
+            y = factor.times(y)
+        y = y + bias
+        log_det: Any = sum(factor.log_det for factor in factors)
+        return y.to(x.dtype), log_det.to(y.dtype).expand(y.shape[:-1])
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """Each factor solved for, the first one first, and minus the sum of their log-dets."""
+        x, factors, bias = self._read(y, context)
+        x = x - bias
+        for factor in factors:
+            x = factor.solve(x)
+        log_det: Any = sum(factor.log_det for factor in factors)
+        return x.to(y.dtype), -log_det.to(x.dtype).expand(x.shape[:-1])
+
+
+# --- rotations -------------------------------------------------------------------------------------------
 
 
 def reflected(columns: Tensor, normals: Tensor) -> Tensor:
@@ -44,9 +130,103 @@ def reflected(columns: Tensor, normals: Tensor) -> Tensor:
     return columns
 
 
+def normals_of_identity(input_dim: int, reflections: int | None) -> Tensor:
+    """Random normals ``[K, D]`` in equal pairs, whose reflections undo each other; ``K`` at least ``D`` by default.
+
+    Raises:
+        OptionError: the number of reflections is not positive and even.
+    """
+    count = input_dim + input_dim % 2 if reflections is None else reflections
+    if not isinstance(count, int) or count < 2 or count % 2:
+        raise OptionError(f"reflections must be a positive even number, got {count!r}.")
+    return torch.randn(count // 2, input_dim).repeat_interleave(2, 0) / math.sqrt(input_dim)
+
+
+def rotation(matrix: Tensor) -> Factor:
+    """An orthogonal matrix ``[*batch, D, D]`` as a factor: its inverse is its transpose."""
+    zero = matrix.new_zeros(matrix.shape[:-2])
+    return Factor(lambda x: matvec(matrix, x), lambda y: matvec(matrix.mT, y), zero)
+
+
+def _skew(raw: Tensor) -> Tensor:
+    """A skew matrix from the lower triangle, in float64: what is made of it loses digits, and it is small."""
+    lower = raw.double().tril(-1)
+    return lower - lower.mT
+
+
+@with_variants({"kind": "exponential"}, {"kind": "householder"})
+class Orthogonal(Linear):
+    r"""A rotation, :math:`y = Q x`, log-det zero; it starts at the identity.
+
+    Args:
+        input_dim: the number of coordinates, :math:`D`.
+        kind: how :math:`Q` is made. With a skew matrix :math:`A`, ``"cayley"``: :math:`(I + A)^{-1} (I - A)`, every
+            rotation without the eigenvalue -1; ``"exponential"``: :math:`e^A`, every rotation; ``"householder"``: a
+            product of reflections, every rotation if there are :math:`D` of them.
+        reflections: how many reflections a Householder product has, an even number; default ``input_dim`` or one more.
+        context_dim: the width of the context; with one, a network gives the parameters.
+        bias: whether a shift is learned as well.
+        hidden_dims: the hidden widths of the network that reads the context.
+        activation: its activation.
+
+    Raises:
+        OptionError: ``kind`` is none of these, or the number of reflections is odd.
+
+    Example:
+        >>> layer = Orthogonal(3)
+        >>> layer(torch.tensor([1.0, 2.0, 3.0])).detach()
+        tensor([1., 2., 3.])
+    """
+
+    volume_preserving = True
+    identity: Tensor
+
+    def __init__(
+        self,
+        input_dim: int,
+        kind: Literal["cayley", "exponential", "householder"] = "cayley",
+        *,
+        reflections: int | None = None,
+        context_dim: int = 0,
+        bias: bool = False,
+        **network: Any,
+    ) -> None:
+        if kind not in ("cayley", "exponential", "householder"):
+            raise OptionError(f'kind must be "cayley", "exponential" or "householder", got {kind!r}.')
+        if kind == "householder":
+            initial = {"normals": self._first_normals(input_dim, reflections)}
+        else:
+            initial = {"raw": torch.zeros(input_dim, input_dim)}
+        super().__init__(input_dim, context_dim=context_dim, bias=bias, **network, **initial)
+        self.kind = kind
+        self.register_buffer("identity", torch.eye(input_dim))
+
+    def _first_normals(self, input_dim: int, reflections: int | None) -> Tensor:
+        return normals_of_identity(input_dim, reflections)
+
+    @property
+    def sign(self) -> int:
+        """The sign of the Jacobian determinant."""
+        return 1
+
+    def factors(self, raw: Mapping[str, Tensor]) -> Sequence[Factor]:
+        """The rotation."""
+        if self.kind == "householder":
+            return (rotation(reflected(self.identity.to(raw["normals"].dtype), raw["normals"])),)
+        skew = _skew(raw["raw"])
+        if self.kind == "exponential":
+            matrix = torch.linalg.matrix_exp(skew)
+        else:
+            identity = self.identity.double()
+            matrix = torch.linalg.solve(identity + skew, identity - skew)  # I + A has no eigenvalue below 1
+        return (rotation(matrix.to(raw["raw"].dtype)),)
+
+
 @with_variants({"count_transforms": 3})
-class Householder(FlowTransform):
-    r"""A product of reflections, :math:`y = H_K \cdots H_1 x`, log-det zero.
+class Householder(Orthogonal):
+    r"""A product of reflections, :math:`y = H_K \cdots H_1 x`, log-det zero, by Pyro's name.
+
+    `Orthogonal` of kind ``"householder"`` with any number of reflections, which starts anywhere.
 
     Args:
         input_dim: the number of coordinates, :math:`D`.
@@ -66,52 +246,30 @@ class Householder(FlowTransform):
         True
     """
 
-    volume_preserving = True
-    identity: Tensor
+    def __init__(self, input_dim: int, count_transforms: int = 1, *, context_dim: int = 0, **network: Any) -> None:
+        super().__init__(input_dim, "householder", reflections=count_transforms, context_dim=context_dim, **network)
+        self.count_transforms = count_transforms
 
-    def __init__(
-        self,
-        input_dim: int,
-        count_transforms: int = 1,
-        *,
-        context_dim: int = 0,
-        hidden_dims: Sequence[int] = (128, 128),
-        activation: Activation = "relu",
-    ) -> None:
-        super().__init__(context_dim)
-        if not isinstance(count_transforms, int) or count_transforms < 1:
-            raise OptionError(f"count_transforms must be a positive integer, got {count_transforms!r}.")
-        self.input_dim, self.count_transforms = input_dim, count_transforms
-        self.register_buffer("identity", torch.eye(input_dim))
-        normals = torch.randn(count_transforms, input_dim) / math.sqrt(input_dim)
-        self.declare_parameters(hidden_dims=hidden_dims, activation=activation, normals=normals)
+    def _first_normals(self, input_dim: int, reflections: int | None) -> Tensor:
+        if not isinstance(reflections, int) or reflections < 1:
+            raise OptionError(f"count_transforms must be a positive integer, got {reflections!r}.")
+        return torch.randn(reflections, input_dim) / math.sqrt(input_dim)
 
     @property
     def sign(self) -> int:
         """The sign of the Jacobian determinant, one flip a reflection."""
         return (-1) ** self.count_transforms
 
-    def _rotate(self, value: Tensor, context: Tensor | None, back: bool) -> tuple[Tensor, Tensor]:
-        self.check_width(value, self.input_dim)
-        matrix = reflected(self.identity, self.parameters_of(context)["normals"])
-        result = matvec(matrix.mT if back else matrix, value)
-        return result, torch.zeros_like(sum_last(result))
 
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The reflections, and zero."""
-        return self._rotate(x, context, back=False)
-
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The reflections in reverse, and zero."""
-        return self._rotate(y, context, back=True)
+# --- exponentials ----------------------------------------------------------------------------------------
 
 
-@with_variants({"skew": True})
-class MatrixExponential(FlowTransform):
+class MatrixExponential(Linear):
     r"""A linear map by an exponential, :math:`y = e^W x + b`, with log-det :math:`\operatorname{tr} W`.
 
     The inverse is :math:`e^{-W} (y - b)`. :math:`W = A / \sqrt{1 + |A|^2 / m^2}` stays below :math:`m` in the
-    Frobenius norm, so the condition number stays below :math:`e^{2m}`. It starts at the identity.
+    Frobenius norm, so the condition number stays below :math:`e^{2m}`. It starts at the identity. For a rotation by
+    an exponential, see `Orthogonal`.
 
     Args:
         input_dim: the number of coordinates.
@@ -119,8 +277,6 @@ class MatrixExponential(FlowTransform):
         normalization: ``"none"``; Pyro names two others and has neither.
         bound: the bound :math:`m`; default 3.
         context_dim: the width of the context; with one, a network gives :math:`A` and :math:`b`.
-        skew: make :math:`W` skew-symmetric, so that the map is a rotation and its log-det zero; :math:`W` is then
-            not bounded.
         bias: whether :math:`b` is learned; zero otherwise.
         hidden_dims: the hidden widths of the network that reads the context.
         activation: its activation.
@@ -143,48 +299,28 @@ class MatrixExponential(FlowTransform):
         bound: float | None = None,
         *,
         context_dim: int = 0,
-        skew: bool = False,
         bias: bool = True,
-        hidden_dims: Sequence[int] = (128, 128),
-        activation: Activation = "relu",
+        **network: Any,
     ) -> None:
-        super().__init__(context_dim)
         if normalization != "none":
             raise OptionError(f'normalization must be "none", got {normalization!r}; bound={bound} holds without one.')
         bound = 3.0 if bound is None else float(bound)
         if not bound > 0 or not iterations > 0:
             raise OptionError(f"expected bound > 0 and iterations > 0, got {bound} and {iterations}.")
-        self.input_dim, self.skew, self.bound = input_dim, skew, bound
-        initial = {"raw": torch.zeros(input_dim, input_dim)}
-        if bias:
-            initial["bias"] = torch.zeros(input_dim)
-        self.declare_parameters(hidden_dims=hidden_dims, activation=activation, **initial)
+        super().__init__(
+            input_dim, context_dim=context_dim, bias=bias, raw=torch.zeros(input_dim, input_dim), **network
+        )
+        self.bound = bound
 
-    def _generator(self, context: Tensor | None) -> tuple[Tensor, Tensor | float]:
-        """``W`` ``[*batch, D, D]`` in float64, and the bias."""
-        parameters = self.parameters_of(context)
-        raw = parameters["raw"].double()  # squaring loses digits, and the matrix is small beside the batch
-        if self.skew:
-            weight = raw.tril(-1) - raw.tril(-1).mT
-        else:
-            square = (raw / self.bound).square().sum((-2, -1), keepdim=True)
-            weight = raw / torch.sqrt(1 + square)
-        return weight, parameters.get("bias", 0.0)
-
-    def _trace(self, weight: Tensor, like: Tensor) -> Tensor:
-        trace = torch.diagonal(weight, dim1=-2, dim2=-1).sum(-1)
-        return trace.to(torch.promote_types(like.dtype, torch.float32)).expand(like.shape[:-1])
-
-    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The formula."""
-        self.check_width(x, self.input_dim)
-        weight, bias = self._generator(context)
-        y = matvec(torch.linalg.matrix_exp(weight).to(x.dtype), x) + bias
-        return y, self._trace(weight, y)
-
-    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The exponential of minus the matrix."""
-        self.check_width(y, self.input_dim)
-        weight, bias = self._generator(context)
-        x = matvec(torch.linalg.matrix_exp(-weight).to(y.dtype), y - bias)
-        return x, -self._trace(weight, x)
+    def factors(self, raw: Mapping[str, Tensor]) -> Sequence[Factor]:
+        """The exponential."""
+        free, dtype = raw["raw"].double(), raw["raw"].dtype  # squaring loses digits, and the matrix is small
+        square = (free / self.bound).square().sum((-2, -1), keepdim=True)
+        weight = free / torch.sqrt(1 + square)
+        return (
+            Factor(
+                lambda x: matvec(torch.linalg.matrix_exp(weight).to(dtype), x),
+                lambda y: matvec(torch.linalg.matrix_exp(-weight).to(dtype), y),
+                sum_last(torch.diagonal(weight, dim1=-2, dim2=-1)),
+            ),
+        )

@@ -10,15 +10,16 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from pyroflows.errors import OptionError
 from pyroflows.transforms.base import FlowTransform, Reshaped, with_variants
 from pyroflows.transforms.lemma import Planar, Radial, Sylvester
-from pyroflows.transforms.linear import Permutation
-from pyroflows.transforms.maps import Additive, Affine, RationalSpline
+from pyroflows.transforms.linear import Permutation, as_permutation
+from pyroflows.transforms.maps import Additive, Affine
 from pyroflows.transforms.matrix import Householder, MatrixExponential
+from pyroflows.transforms.normalisation import BatchNorm
+from pyroflows.transforms.splines import RationalSpline
 from pyroflows.transforms.structures import Autoregressive, Coupling, Elementwise
 
 __all__ = [
@@ -26,6 +27,7 @@ __all__ = [
     "affine",
     "affine_autoregressive",
     "affine_coupling",
+    "batchnorm",
     "conditional_affine_autoregressive",
     "conditional_affine_coupling",
     "conditional_householder",
@@ -264,7 +266,7 @@ def spline_coupling(
 
 def permute(
     input_dim: int | Sequence[int],
-    permutation: Tensor | Sequence[int] | None = None,
+    permutation: Tensor | Sequence[int] | str | None = None,
     dim: int = -1,
     *,
     context_dim: int = 0,
@@ -273,7 +275,8 @@ def permute(
 
     Args:
         input_dim: the number of entries along ``dim``, or the shape of the last ``-dim`` dimensions.
-        permutation: which entry goes where; default a random one, from torch's generator.
+        permutation: which entry goes where, or ``"reverse"``, or ``"random"``, the default: drawn by torch's
+            generator.
         dim: the dimension, negative; all from it on belong to one point.
         context_dim: accepted and ignored, as every registered layer accepts one.
 
@@ -285,10 +288,18 @@ def permute(
         tensor([3., 2., 1.])
     """
     size = input_dim if isinstance(input_dim, int) else input_dim[0]
-    order = torch.randperm(size) if permutation is None else torch.as_tensor(permutation)
-    if order.shape != (size,):
-        raise OptionError(f"expected a permutation of {size} entries, got shape {tuple(order.shape)}.")
+    order = as_permutation("random" if permutation is None else permutation, size)
     return Permutation(order, dim=dim)
+
+
+def batchnorm(input_dim: int, **options: Any) -> BatchNorm:
+    """`BatchNorm`, by Pyro's name.
+
+    Example:
+        >>> batchnorm(2).forward_and_log_det(torch.ones(5, 2))[1].shape
+        torch.Size([5, 2])
+    """
+    return BatchNorm(input_dim, **options)
 
 
 def householder(input_dim: int, count_transforms: int | None = None, **options: Any) -> Householder:
