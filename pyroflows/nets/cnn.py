@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pyroflows.errors import OptionError, ShapeError
-from pyroflows.nets.mlp import Activation, _within_reach, activation_module
+from pyroflows.nets.mlp import Activation, activation_module, within_reach
 
 __all__ = ["CNN"]
 
@@ -92,10 +92,10 @@ class CNN(nn.Module):
             raise ShapeError(f"expected a context of width {width}, got {got}.")
         batch = x.shape[:-3]
         steer: Sequence[Tensor] = ()
-        hidden = _within_reach(x)
+        hidden = within_reach(x)
         if context is not None:
             batch = torch.broadcast_shapes(batch, context.shape[:-1])
-            context = _within_reach(context)
+            context = within_reach(context)
             hidden = hidden.expand(*batch, *x.shape[-3:])
             if self.context_layer is None:
                 channels = context.unflatten(-1, (self.context_channels, *image)).expand(*batch, -1, -1, -1)

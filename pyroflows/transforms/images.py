@@ -284,7 +284,8 @@ class InvertibleConv1x1(ImageTransform):
         OptionError: ``permutation`` is none of ``0 .. channels - 1``.
 
     Example:
-        >>> InvertibleConv1x1(2, permutation=[1, 0])(torch.tensor([1.0, 2.0]).reshape(2, 1, 1)).flatten().detach()
+        >>> layer = InvertibleConv1x1(2, permutation=[1, 0])
+        >>> layer(torch.tensor([1.0, 2.0]).reshape(2, 1, 1)).flatten().detach().round(decimals=5)
         tensor([2., 1.])
     """
 
