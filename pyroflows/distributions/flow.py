@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import biject_to, constraints
 
 from pyroflows.distributions.base import Base
-from pyroflows.distributions.support import Support, as_constraint, describe, restore
+from pyroflows.distributions.support import Support, as_constraint, describe, is_real, restore
 from pyroflows.errors import ContextError, OptionError, ShapeError
 from pyroflows.numerics import sum_last
 from pyroflows.transforms import Compose, FlowTransform, Wrapped
@@ -106,16 +106,21 @@ class Flow(nn.Module):
     """A density on vectors (or images): ``flow()`` or ``flow(context)`` is a Pyro distribution.
 
     The full transform, ``flow.transform``, is the learned one, then a standardiser that ``pyroflows.fit`` sets,
-    then a map to the support. So ``log_prob`` is always in the data's units.
+    then a map to the support. So ``log_prob`` is always in the data's units. Where the learned transform does not lead
+    to all real vectors, as on the torus, nothing may be shifted or scaled: there is no standardiser, and the support
+    is where it leads.
 
     Args:
         transform: the learned transform, base to data.
         base: the base distribution as a module.
         support: where the data live, if not on all of the real vectors: a constraint of
             ``torch.distributions.constraints``, or one for each column.
+        chart: a fixed map from where the learned transform leads to where the data live, in place of a standardiser
+            and a support.
 
     Raises:
-        OptionError: the base and the transform disagree about what a point is.
+        OptionError: the base and the transform disagree about what a point is, or a support was declared for a
+            transform that leads to one of its own.
 
     Example:
         >>> import pyroflows as pf
@@ -127,7 +132,14 @@ class Flow(nn.Module):
     context_loc: Tensor
     context_scale: Tensor
 
-    def __init__(self, transform: FlowTransform, base: Base | nn.Module, *, support: Support | None = None) -> None:
+    def __init__(
+        self,
+        transform: FlowTransform,
+        base: Base | nn.Module,
+        *,
+        support: Support | None = None,
+        chart: FlowTransform | None = None,
+    ) -> None:
         super().__init__()
         self.base = base
         self.config: Any = None
@@ -139,7 +151,7 @@ class Flow(nn.Module):
                 f"{transform.domain.event_dim} dimensions; did you mean base.to_event(1)?"
             )
         self.event_shape = transform.forward_shape(base_shape)
-        self.learned = transform
+        self.learned, self.chart = transform, chart
         self.standardize = Standardize(self.event_shape)
         if self.context_dim:
             self.register_buffer("context_loc", torch.zeros(self.context_dim))
@@ -150,6 +162,11 @@ class Flow(nn.Module):
     def input_dim(self) -> int:
         """The number of coordinates of a point."""
         return self.event_shape.numel()
+
+    @property
+    def standardizes(self) -> bool:
+        """Whether there is a standardiser between the learned transform and the data."""
+        return self.chart is None and is_real(self.learned.codomain)
 
     @property
     def support(self) -> constraints.Constraint:
@@ -170,10 +187,18 @@ class Flow(nn.Module):
         """Declares where the data live; ``None`` is all of the real vectors.
 
         Raises:
-            OptionError: the constraint has no bijection, or names another number of columns.
+            OptionError: the constraint has no bijection, or names another number of columns; or the flow's points
+                live on a support of their own.
         """
         constraint = as_constraint(support)
-        parts: list[FlowTransform] = [self.learned, self.standardize]
+        parts: list[FlowTransform] = [self.learned]
+        if self.standardizes:
+            parts.append(self.standardize)
+        elif constraint is not None:
+            own = self.learned.codomain if self.chart is None else self.chart.codomain
+            raise OptionError(f"the points of this flow live on {own}, so it takes no support.")
+        if self.chart is not None:
+            parts.append(self.chart)
         if constraint is not None:
             try:
                 to_support = Wrapped(biject_to(constraint), constraint)

@@ -10,7 +10,7 @@ from torch.distributions import constraints
 
 from pyroflows.errors import ArchiveCorrupt, NotRebuildable, OptionError
 
-__all__ = ["Support", "as_constraint", "describe", "restore"]
+__all__ = ["Support", "as_constraint", "describe", "is_real", "restore"]
 
 Support = constraints.Constraint | str | Sequence[constraints.Constraint | str]
 """A constraint, its name in ``torch.distributions.constraints``, or one of either for each column."""
@@ -49,6 +49,18 @@ def as_constraint(support: Support | None) -> constraints.Constraint | None:
         return as_constraint(_NAMED[support])
     columns = [as_constraint(column) or constraints.real for column in support]
     return constraints.cat(columns, dim=-1, lengths=[1] * len(columns))
+
+
+def is_real(constraint: constraints.Constraint) -> bool:
+    """Whether a constraint allows every real number in every entry.
+
+    Example:
+        >>> is_real(constraints.real_vector), is_real(constraints.positive)
+        (True, False)
+    """
+    while isinstance(constraint, constraints.independent):
+        constraint = constraint.base_constraint
+    return isinstance(constraint, type(constraints.real))  # a copied constraint is another object
 
 
 def _with_plain_bounds(constraint: constraints.Constraint) -> constraints.Constraint:

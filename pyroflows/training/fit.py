@@ -103,7 +103,8 @@ def fit(
         clip_norm: the largest norm of the whole gradient; ``None`` for no bound.
         standardize: ``"auto"`` by mean and standard deviation, ``"robust"`` by median and interquartile range,
             ``None`` leaves the flow's standardiser as it is. It is part of the flow, so ``log_prob`` stays in
-            the data's units. Standardises the context likewise.
+            the data's units. Standardises the context likewise. Angles and other points of a manifold stay as they
+            are.
         support: where the data live (``"positive"``, ``constraints.interval(0, 1)``, one for each column); they
             are mapped to the real line by ``biject_to`` inside of the flow. Default what the flow declares.
         on_nonfinite: a step with a NaN or infinite loss or gradient is never taken. ``"skip"`` goes on,
@@ -274,9 +275,10 @@ def _location_and_scale(rows: Tensor, how: str) -> tuple[Tensor, Tensor]:
 def _standardize(flow: Flow, x: Tensor, context: Tensor | None, how: str) -> None:
     with torch.no_grad():
         rows = _unconstrained(flow, x)
-        loc, scale = _location_and_scale(rows, how)
-        flow.standardize.set(loc, torch.where(scale > 0, scale, torch.ones_like(scale)))
-        if how == "auto":
+        if flow.standardizes:
+            loc, scale = _location_and_scale(rows, how)
+            flow.standardize.set(loc, torch.where(scale > 0, scale, torch.ones_like(scale)))
+        if flow.standardizes and how == "auto":
             far = ((rows - loc) / scale).abs().amax(0)
             worst = int(far.argmax())
             if float(far[worst]) > 100:

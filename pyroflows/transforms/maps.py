@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from pyroflows.errors import OptionError
-from pyroflows.numerics import bounded_log_scale, linear_rational, monotone_root, positive, rational_quadratic
+from pyroflows.numerics import bounded_log_scale, monotone_root, positive
 
-__all__ = ["Additive", "Affine", "NumericMap", "RationalSpline", "UnivariateMap"]
+__all__ = ["Additive", "Affine", "NumericMap", "UnivariateMap"]
 
 
 class UnivariateMap(ABC):
@@ -26,10 +26,13 @@ class UnivariateMap(ABC):
     Attributes:
         params: how many parameters one dimension needs.
         inverse: ``"closed"``, or ``"numeric"`` for a map that derives from `NumericMap`.
+        joint: whether a coordinate's image depends on the parameters of the others too; `Autoregressive`, which finds
+            one coordinate at a time, refuses such a map.
     """
 
     params: int
     inverse: Literal["closed", "numeric"] = "closed"
+    joint: bool = False
     vmaps: bool = True
     compiles: bool = True
 
@@ -126,42 +129,3 @@ class Affine(UnivariateMap):
         shift, log_scale = self._shift_and_log_scale(params)
         x = (y - shift) * torch.exp(-log_scale)
         return x, -log_scale.expand_as(x)
-
-
-class RationalSpline(UnivariateMap):
-    """A rational spline on ``[-bound, bound]`` and the identity outside.
-
-    Args:
-        bins: the number of bins, at least 2.
-        bound: half the side of the box.
-        order: ``"quadratic"`` (Durkan et al. 2019, arXiv:1906.04032) or ``"linear"`` (Dolatabadi et al. 2020,
-            arXiv:2001.05168).
-
-    Raises:
-        OptionError: too few bins, more than 500, a bound that is not positive, or an unknown order.
-    """
-
-    def __init__(self, bins: int = 8, bound: float = 5.0, order: Literal["quadratic", "linear"] = "quadratic") -> None:
-        if order not in ("quadratic", "linear"):
-            raise OptionError(f'order must be "quadratic" or "linear", got {order!r}.')
-        if not 2 <= bins <= 500 or not bound > 0:
-            raise OptionError(f"expected 2 <= bins <= 500 and bound > 0, got {bins} and {bound}.")
-        self.bins, self.bound, self.order = bins, float(bound), order
-        sizes = [bins, bins, bins - 1]
-        self.sizes = sizes if order == "quadratic" else [*sizes, bins]
-        self.params = sum(self.sizes)
-
-    def _apply(self, value: Tensor, params: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
-        dtype = torch.promote_types(value.dtype, torch.float32)  # half precision cannot hold squared slopes
-        parts = params.to(dtype).split(self.sizes, -1)
-        function = rational_quadratic if self.order == "quadratic" else linear_rational
-        result, log_slope = function(value.to(dtype), *parts, bound=self.bound, inverse=inverse)
-        return result.to(value.dtype), log_slope
-
-    def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        """The spline and its log-slope."""
-        return self._apply(x, params, inverse=False)
-
-    def backward(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
-        """The inverse spline and its log-slope."""
-        return self._apply(y, params, inverse=True)

@@ -1,7 +1,8 @@
-"""Layers by the names that Pyro gives them, in Pyro's argument order, each with a ``conditional_`` twin.
+"""Layers by the names that Pyro gives their helpers, in Pyro's argument order.
 
-A script that used ``pyro.distributions.transforms`` changes its import. The same functions are what the
-registry builds: ``pf.transform("spline_coupling", input_dim=3, context_dim=2)``.
+A script that used ``pyro.distributions.transforms`` changes its import. The same functions are what the registry
+builds: ``pf.transform("spline_coupling", input_dim=3, context_dim=2)``. Their twins with a context are in
+``conditional.py``, and Pyro's classes, which take the caller's network, in ``dropin.py``.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from torch import Tensor
 
 from pyroflows.errors import OptionError
 from pyroflows.transforms.base import FlowTransform, Reshaped, with_variants
+from pyroflows.transforms.block import BlockAutoregressive
+from pyroflows.transforms.dropin import ClippedAffine, Spline, SplineCoupling
 from pyroflows.transforms.lemma import Planar, Radial, Sylvester
 from pyroflows.transforms.linear import Permutation, as_permutation
 from pyroflows.transforms.maps import Additive, Affine
@@ -28,16 +31,7 @@ __all__ = [
     "affine_autoregressive",
     "affine_coupling",
     "batchnorm",
-    "conditional_affine_autoregressive",
-    "conditional_affine_coupling",
-    "conditional_householder",
-    "conditional_matrix_exponential",
-    "conditional_planar",
-    "conditional_radial",
-    "conditional_spline",
-    "conditional_spline_autoregressive",
-    "conditional_spline_coupling",
-    "conditional_sylvester",
+    "block_autoregressive",
     "householder",
     "matrix_exponential",
     "permute",
@@ -57,9 +51,16 @@ def _first(input_dim: int, split_dim: int | None) -> list[bool]:
     return [i < split for i in range(input_dim)]
 
 
-def _affine_options(options: dict[str, Any]) -> Affine:
-    keys = ("scale", "max_log_scale", "floor")
-    return Affine(**{key: options.pop(key) for key in keys if key in options})
+def _affine_options(options: dict[str, Any], stable: bool = False) -> Affine:
+    """The affine map that the options ask for, taken out of them: Pyro's, unless there are some of `Affine`."""
+    own, pyros = ("scale", "max_log_scale", "floor"), ("log_scale_min_clip", "log_scale_max_clip", "sigmoid_bias")
+    ours = {key: options.pop(key) for key in own if key in options}
+    theirs = {key: options.pop(key) for key in pyros if key in options}
+    if ours and (theirs or stable):
+        raise OptionError(
+            f"{sorted(ours)} and {sorted(theirs) or 'stable'} are options of two different maps; give one."
+        )
+    return Affine(**ours) if ours else ClippedAffine(**theirs, stable=stable)
 
 
 @with_variants({"scale": "softplus"})
@@ -75,7 +76,8 @@ def affine(input_dim: int, *, context_dim: int = 0, **options: Any) -> Elementwi
         >>> affine(2)(torch.ones(2))
         tensor([1., 1.], grad_fn=<...>)
     """
-    return Elementwise(_affine_options(options), input_dim, context_dim=context_dim, **options)
+    map = Affine(**{key: options.pop(key) for key in ("scale", "max_log_scale", "floor") if key in options})
+    return Elementwise(map, input_dim, context_dim=context_dim, **options)
 
 
 @with_variants({"scale": "softplus", "residual": True, "hidden_dims": (16, 16), "activation": "silu"}, {"stable": True})
@@ -93,17 +95,19 @@ def affine_autoregressive(
         input_dim: the number of coordinates.
         hidden_dims: the hidden widths; default one of ``3 input_dim + 1``.
         context_dim: the width of the context.
-        stable: the gated scale of `Affine`, Pyro's name for it.
-        **options: of `Affine` and `Autoregressive`.
+        stable: the contracting form of `ClippedAffine`.
+        **options: of `ClippedAffine` (Pyro's: ``log_scale_min_clip``, ``log_scale_max_clip``, ``sigmoid_bias``), or of
+            `Affine` in its place; and of `Autoregressive`.
+
+    Raises:
+        OptionError: options of both maps.
 
     Example:
         >>> affine_autoregressive(3, [16])(torch.zeros(5, 3)).shape
         torch.Size([5, 3])
     """
     hidden_dims = [3 * input_dim + 1] if hidden_dims is None else hidden_dims
-    if stable:
-        options["scale"] = "gated"
-    map = _affine_options(options)
+    map = _affine_options(options, stable)
     return Autoregressive(map, input_dim, context_dim=context_dim, hidden_dims=hidden_dims, **options)
 
 
@@ -124,7 +128,8 @@ def affine_coupling(
         split_dim: how many coordinates along ``dim`` steer; default half of them.
         dim: the dimension that is split, negative; all from it on belong to one point.
         context_dim: the width of the context.
-        **options: of `Affine` and `Coupling`.
+        **options: of `ClippedAffine` (Pyro's: ``log_scale_min_clip``, ``log_scale_max_clip``), or of `Affine` in its
+            place; and of `Coupling`.
 
     Raises:
         OptionError: ``split_dim`` leaves nothing to be moved, or ``input_dim`` and ``dim`` do not fit.
@@ -180,7 +185,7 @@ def spline(
     context_dim: int = 0,
     event_dim: int = 0,
     **options: Any,
-) -> Elementwise:
+) -> Spline:
     """A rational spline of each coordinate, with ``event_dim == 0`` as in Pyro.
 
     Args:
@@ -196,8 +201,7 @@ def spline(
         >>> spline(2).forward_and_log_det(torch.ones(5, 2))[1].shape
         torch.Size([5, 2])
     """
-    map = RationalSpline(count_bins, bound, order)  # type: ignore[arg-type]
-    return Elementwise(map, input_dim, context_dim=context_dim, event_dim=event_dim, **options)
+    return Spline(input_dim, count_bins, bound, order, context_dim=context_dim, event_dim=event_dim, **options)
 
 
 @with_variants({"order": "quadratic"})
@@ -239,10 +243,11 @@ def spline_coupling(
     count_bins: int = 8,
     bound: float = 3.0,
     order: str = "linear",
+    identity: bool = False,
     *,
     context_dim: int = 0,
     **options: Any,
-) -> Coupling:
+) -> SplineCoupling:
     """A coupling layer of rational splines: the first coordinates steer the splines of the rest.
 
     Args:
@@ -252,16 +257,22 @@ def spline_coupling(
         count_bins: the number of bins.
         bound: half the side of the box outside of which the splines are the identity.
         order: ``"linear"`` or ``"quadratic"``.
+        identity: whether the first coordinates are left as they are; otherwise each has a spline of its own.
         context_dim: the width of the context.
         **options: of `Coupling`.
+
+    Raises:
+        OptionError: ``split_dim`` leaves nothing to be moved.
 
     Example:
         >>> spline_coupling(3, 1)(torch.zeros(5, 3)).shape
         torch.Size([5, 3])
     """
-    hidden_dims = [10 * input_dim] * 2 if hidden_dims is None else hidden_dims
-    map, mask = RationalSpline(count_bins, bound, order), _first(input_dim, split_dim)  # type: ignore[arg-type]
-    return Coupling(map, input_dim, context_dim=context_dim, mask=mask, hidden_dims=hidden_dims, **options)
+    split_dim = input_dim // 2 if split_dim is None else split_dim
+    options["hidden_dims"] = [10 * input_dim] * 2 if hidden_dims is None else hidden_dims
+    return SplineCoupling(
+        input_dim, split_dim, None, count_bins, bound, order, identity, context_dim=context_dim, **options
+    )
 
 
 def permute(
@@ -362,120 +373,11 @@ def sylvester(input_dim: int, count_transforms: int | None = None, **options: An
     return Sylvester(input_dim, count_transforms, **options)
 
 
-def conditional_affine_autoregressive(
-    input_dim: int, context_dim: int, hidden_dims: Sequence[int] | None = None, **options: Any
-) -> Autoregressive:
-    """`affine_autoregressive` with a context; the hidden layer is ``10 input_dim`` wide by default."""
-    hidden_dims = [10 * input_dim] if hidden_dims is None else hidden_dims
-    return affine_autoregressive(input_dim, hidden_dims, context_dim=context_dim, **options)
+def block_autoregressive(input_dim: int, **options: Any) -> BlockAutoregressive:
+    """`BlockAutoregressive`, by Pyro's name; it samples and scores.
 
-
-def conditional_affine_coupling(
-    input_dim: int | Sequence[int],
-    context_dim: int,
-    hidden_dims: Sequence[int] | None = None,
-    split_dim: int | None = None,
-    dim: int = -1,
-    **options: Any,
-) -> FlowTransform:
-    """`affine_coupling` with a context."""
-    return affine_coupling(input_dim, hidden_dims, split_dim, dim, context_dim=context_dim, **options)
-
-
-def conditional_spline(
-    input_dim: int,
-    context_dim: int,
-    hidden_dims: Sequence[int] | None = None,
-    count_bins: int = 8,
-    bound: float = 3.0,
-    order: str = "linear",
-    **options: Any,
-) -> Elementwise:
-    """`spline` with parameters that a network reads off a context; two hidden layers of ``10 input_dim``."""
-    hidden_dims = [10 * input_dim] * 2 if hidden_dims is None else hidden_dims
-    return spline(input_dim, count_bins, bound, order, context_dim=context_dim, hidden_dims=hidden_dims, **options)
-
-
-def conditional_spline_autoregressive(
-    input_dim: int,
-    context_dim: int,
-    hidden_dims: Sequence[int] | None = None,
-    count_bins: int = 8,
-    bound: float = 3.0,
-    order: str = "linear",
-    **options: Any,
-) -> Autoregressive:
-    """`spline_autoregressive` with a context."""
-    return spline_autoregressive(input_dim, hidden_dims, count_bins, bound, order, context_dim=context_dim, **options)
-
-
-def conditional_spline_coupling(
-    input_dim: int,
-    context_dim: int,
-    split_dim: int | None = None,
-    hidden_dims: Sequence[int] | None = None,
-    count_bins: int = 8,
-    bound: float = 3.0,
-    order: str = "linear",
-    **options: Any,
-) -> Coupling:
-    """`spline_coupling` with a context, which Pyro lacks."""
-    return spline_coupling(
-        input_dim, split_dim, hidden_dims, count_bins, bound, order, context_dim=context_dim, **options
-    )
-
-
-def conditional_householder(
-    input_dim: int,
-    context_dim: int,
-    hidden_dims: Sequence[int] | None = None,
-    count_transforms: int = 1,
-    **options: Any,
-) -> Householder:
-    """`householder` with a context; two hidden layers of ``10 input_dim``, one reflection by default."""
-    hidden_dims = [10 * input_dim] * 2 if hidden_dims is None else hidden_dims
-    return householder(input_dim, count_transforms, context_dim=context_dim, hidden_dims=hidden_dims, **options)
-
-
-def conditional_matrix_exponential(
-    input_dim: int,
-    context_dim: int,
-    hidden_dims: Sequence[int] | None = None,
-    iterations: int = 8,
-    normalization: str = "none",
-    bound: float | None = None,
-    **options: Any,
-) -> MatrixExponential:
-    """`matrix_exponential` with a context; two hidden layers of ``10 input_dim``."""
-    hidden_dims = [10 * input_dim] * 2 if hidden_dims is None else hidden_dims
-    return matrix_exponential(
-        input_dim, iterations, normalization, bound, context_dim=context_dim, hidden_dims=hidden_dims, **options
-    )
-
-
-def conditional_planar(
-    input_dim: int, context_dim: int, hidden_dims: Sequence[int] | None = None, **options: Any
-) -> Planar:
-    """`planar` with a context; two hidden layers of ``10 input_dim``."""
-    hidden_dims = [10 * input_dim] * 2 if hidden_dims is None else hidden_dims
-    return planar(input_dim, context_dim=context_dim, hidden_dims=hidden_dims, **options)
-
-
-def conditional_radial(
-    input_dim: int, context_dim: int, hidden_dims: Sequence[int] | None = None, **options: Any
-) -> Radial:
-    """`radial` with a context; two hidden layers of ``10 input_dim``."""
-    hidden_dims = [10 * input_dim] * 2 if hidden_dims is None else hidden_dims
-    return radial(input_dim, context_dim=context_dim, hidden_dims=hidden_dims, **options)
-
-
-def conditional_sylvester(
-    input_dim: int,
-    context_dim: int,
-    hidden_dims: Sequence[int] | None = None,
-    count_transforms: int | None = None,
-    **options: Any,
-) -> Sylvester:
-    """`sylvester` with a context, which Pyro lacks; two hidden layers of ``10 input_dim``."""
-    hidden_dims = [10 * input_dim] * 2 if hidden_dims is None else hidden_dims
-    return sylvester(input_dim, count_transforms, context_dim=context_dim, hidden_dims=hidden_dims, **options)
+    Example:
+        >>> block_autoregressive(2, activation="ELU").inv(torch.ones(2)).shape
+        torch.Size([2])
+    """
+    return BlockAutoregressive(input_dim, **options)
