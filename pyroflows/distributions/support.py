@@ -2,23 +2,35 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch.distributions import constraints
+from pyro.distributions import constraints
+from torch import Tensor
+from torch.distributions import Transform, biject_to
+from torch.distributions.transforms import ComposeTransform
 
 from pyroflows.errors import ArchiveCorrupt, NotRebuildable, OptionError
+from pyroflows.transforms import CholeskyTransform, Compose, FlowTransform, VectorToCholesky, Wrapped
 
-__all__ = ["Support", "as_constraint", "describe", "is_real", "restore"]
+__all__ = ["Onto", "Support", "as_constraint", "describe", "is_real", "onto", "restore"]
 
 Support = constraints.Constraint | str | Sequence[constraints.Constraint | str]
-"""A constraint, its name in ``torch.distributions.constraints``, or one of either for each column."""
+"""A constraint, its name in ``pyro.distributions.constraints``, or one of either for each column."""
 
 _NAMED = {
     name: getattr(constraints, name)
-    for name in ("real", "real_vector", "positive", "nonnegative", "unit_interval", "simplex")
+    for name in (
+        *("real", "real_vector", "positive", "nonnegative", "unit_interval", "simplex", "softplus_positive"),
+        *("ordered_vector", "positive_ordered_vector", "lower_cholesky", "positive_definite"),
+        *("positive_semidefinite", "corr_cholesky", "corr_matrix"),
+    )
 }
+# Pyro's says of a vector that it is a number.
+_NAMED["positive_ordered_vector"] = copy.copy(constraints.positive_ordered_vector)
+_NAMED["positive_ordered_vector"].event_dim = 1
 _BOUNDED: dict[str, tuple[type[constraints.Constraint], tuple[str, ...]]] = {
     "greater_than": (constraints.greater_than, ("lower_bound",)),
     "greater_than_eq": (constraints.greater_than_eq, ("lower_bound",)),
@@ -40,6 +52,13 @@ def as_constraint(support: Support | None) -> constraints.Constraint | None:
     """
     if support is None or support is constraints.real or support is constraints.real_vector:
         return None
+    if support is constraints.positive_ordered_vector:
+        return _NAMED["positive_ordered_vector"]
+    if isinstance(support, constraints.cat | constraints.stack):
+        if support.dim != -1:
+            raise OptionError(f"a support by columns goes along the last dimension, dim=-1, not dim={support.dim}.")
+        lengths = getattr(support, "lengths", [1] * len(support.cseq))
+        return as_constraint([column for column, n in zip(support.cseq, lengths, strict=True) for _ in range(n)])
     if isinstance(support, constraints.Constraint):
         return _with_plain_bounds(support)
     if isinstance(support, str):
@@ -76,6 +95,71 @@ def _with_plain_bounds(constraint: constraints.Constraint) -> constraints.Constr
     if bounds[0].dim() == 0:
         return kind(*(float(bound) for bound in bounds))
     return as_constraint([kind(*row) for row in zip(*(bound.tolist() for bound in bounds), strict=True)])  # type: ignore[return-value]
+
+
+def onto(constraint: constraints.Constraint, event_shape: Sequence[int]) -> FlowTransform:
+    """The bijection from real points of a shape onto a constraint.
+
+    Raises:
+        OptionError: none is known, or points of this shape do not fit it.
+
+    Example:
+        >>> onto(constraints.lower_cholesky, (3,))(torch.zeros(3))
+        tensor([[1., 0.],
+                [0., 1.]])
+    """
+    try:
+        bijection = _bijection(constraint)
+    except NotImplementedError as error:
+        raise OptionError(
+            f"no bijection from the real vectors onto the support {constraint} is known. Supports with one: "
+            f"{', '.join([*_NAMED, *_BOUNDED])}, and one of these for each column."
+        ) from error
+    size = torch.Size(event_shape).numel()
+    columns = sum(getattr(constraint, "lengths", ())) or size
+    if columns != size:
+        raise OptionError(f"the support names {columns} columns and the flow has {size}.")
+    if isinstance(constraint, constraints.cat) and any(column.event_dim for column in constraint.cseq):
+        raise OptionError(f"a support by columns takes one of numbers for each column, got {constraint.cseq}.")
+    try:
+        bijection.forward_shape(event_shape)
+    except ValueError as error:
+        raise OptionError(
+            f"points of shape {tuple(event_shape)} do not fit the support {constraint}: {error}"
+        ) from error
+    return Wrapped(bijection, constraint)
+
+
+def _bijection(constraint: constraints.Constraint) -> Transform:
+    if type(constraint) is type(constraints.lower_cholesky):
+        return VectorToCholesky()
+    if type(constraint) in (type(constraints.positive_definite), type(constraints.positive_semidefinite)):
+        return ComposeTransform([VectorToCholesky(), CholeskyTransform().inv])
+    return biject_to(constraint)
+
+
+class Onto(Compose):
+    """Layers on vectors, the last of which leads to points of more dimensions, such as matrices.
+
+    Args:
+        transforms: the parts, first to last.
+
+    Example:
+        >>> from pyroflows.transforms import affine
+        >>> Onto([affine(3), onto(constraints.lower_cholesky, (3,))])(torch.zeros(5, 3)).shape
+        torch.Size([5, 2, 2])
+    """
+
+    def __init__(self, transforms: Sequence[Transform]) -> None:
+        super().__init__(transforms)
+        self.domain, self.codomain = self[0].domain, self[len(self) - 1].codomain
+
+    def _total(self, terms: Any) -> Tensor:
+        return sum(log_det for _, log_det in terms)  # type: ignore[return-value]
+
+    def condition(self, context: Tensor) -> FlowTransform:
+        """Each part at the context: as one, its batch would be taken for a dimension of the matrix."""
+        return self if self.context_dim == 0 else Onto([part.condition(context) for part in self])
 
 
 def describe(constraint: constraints.Constraint | None) -> Any:

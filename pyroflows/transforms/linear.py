@@ -377,8 +377,8 @@ class LowRankLinear(Linear):
 
     The matrix differs from the positive diagonal :math:`S` by a matrix of rank :math:`r`. Each factor is inverted by
     the formula of Sherman and Morrison, and its determinant :math:`1 + v_k^\top u_k` is kept positive, and
-    :math:`|u_k| |v_k|` below 10, by shrinking :math:`u_k`. So there is an inverse at every parameter value, and both directions
-    cost :math:`O(r D)` a row.
+    :math:`|u_k| |v_k|` below 10, by shrinking :math:`u_k`. So there is an inverse at every parameter value, and
+    both directions cost :math:`O(r D)` a row.
 
     Args:
         input_dim: the number of coordinates, :math:`D`.
@@ -397,6 +397,7 @@ class LowRankLinear(Linear):
     """
 
     sign = 1
+    dense = False
 
     def __init__(
         self, input_dim: int, rank: int = 1, *, context_dim: int = 0, bias: bool = True, **network: Any

@@ -74,34 +74,41 @@ class Linear(FlowTransform):
             initial["bias"] = torch.zeros(input_dim)
         self.declare_parameters(hidden_dims=hidden_dims, activation=activation, **initial)
 
+    dense = True  # whether one matrix for all rows is better multiplied out than applied factor by factor
+
     def factors(self, raw: Mapping[str, Tensor]) -> Sequence[Factor]:
         """The factors from the left to the right, from the declared parameters in at least float32."""
         raise NotImplementedError
 
-    def _read(self, value: Tensor, context: Tensor | None) -> tuple[Tensor, Sequence[Factor], Tensor | float]:
-        """The value, the factors and the bias in at least float32: half precision cannot solve."""
-        self.check_width(value, self.input_dim)
-        dtype = torch.promote_types(value.dtype, torch.float32)
-        raw = {name: tensor.to(dtype) for name, tensor in self.parameters_of(context).items()}
-        return value.to(dtype), self.factors(raw), raw.get("bias", 0.0)
+    def _product(self, value: Tensor, raw: Mapping[str, Tensor], back: bool) -> tuple[Tensor, Tensor]:
+        """The product with ``F_1 .. F_n``, or with its inverse, and the log of its determinant."""
+        one = self.dense and self.context_dim == 0
+        # A triangle that is solved for, and a small matrix, lose few digits in float64 and cost little there.
+        dtype = torch.float64 if one or back else torch.promote_types(value.dtype, torch.float32)
+        factors = self.factors({name: tensor.to(dtype) for name, tensor in raw.items()})
+        rows = torch.eye(self.input_dim, dtype=dtype, device=value.device) if one else value.to(dtype)
+        for factor in factors if back else reversed(factors):
+            rows = factor.solve(rows) if back else factor.times(rows)
+        log_det: Any = sum(factor.log_det for factor in factors)
+        if one:
+            small = 2.0**-20  # so that no term overflows where the sum does not
+            rows = (value @ (rows * small).to(value.dtype)) / small
+        return rows.to(value.dtype), log_det.to(torch.promote_types(value.dtype, torch.float32))
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The product with each factor, the last one first, and the sum of their log-dets."""
-        y, factors, bias = self._read(x, context)
-        for factor in reversed(factors):
-            y = factor.times(y)
-        y = y + bias
-        log_det: Any = sum(factor.log_det for factor in factors)
-        return y.to(x.dtype), log_det.to(y.dtype).expand(y.shape[:-1])
+        self.check_width(x, self.input_dim)
+        raw = self.parameters_of(context)
+        y, log_det = self._product(x, raw, back=False)
+        y = y + raw.get("bias", 0.0)
+        return y, log_det.expand(y.shape[:-1])
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Each factor solved for, the first one first, and minus the sum of their log-dets."""
-        x, factors, bias = self._read(y, context)
-        x = x - bias
-        for factor in factors:
-            x = factor.solve(x)
-        log_det: Any = sum(factor.log_det for factor in factors)
-        return x.to(y.dtype), -log_det.to(x.dtype).expand(x.shape[:-1])
+        self.check_width(y, self.input_dim)
+        raw = self.parameters_of(context)
+        x, log_det = self._product(y - raw.get("bias", 0.0), raw, back=True)
+        return x, -log_det.expand(x.shape[:-1])
 
 
 # --- rotations -------------------------------------------------------------------------------------------
