@@ -1,6 +1,7 @@
 """Flows: a base and a transform in one module, whose call is a Pyro distribution; and named recipes for them."""
 
 from pyroflows.distributions.base import Base, standard_normal
+from pyroflows.distributions.block import bnaf
 from pyroflows.distributions.flow import Flow, FlowDistribution, Standardize
 from pyroflows.distributions.images import (
     Dequantized,
@@ -11,6 +12,8 @@ from pyroflows.distributions.images import (
     logit_interval,
     realnvp_image,
 )
+from pyroflows.distributions.manifolds import ncsf, sphere, uniform_angles, von_mises_angles
+from pyroflows.distributions.monotone import bpf, gaussianization, naf, sospf, unaf
 from pyroflows.distributions.recipes import iaf, maf, nice, nsf, planar, radial, realnvp, sylvester
 
 __all__ = [
@@ -21,17 +24,27 @@ __all__ = [
     "PixelDistribution",
     "Standardize",
     "bits_per_dim",
+    "bnaf",
+    "bpf",
     "dequantizer",
+    "gaussianization",
     "glow",
     "iaf",
     "logit_interval",
     "maf",
+    "naf",
+    "ncsf",
     "nice",
     "nsf",
     "planar",
     "radial",
     "realnvp",
     "realnvp_image",
+    "sospf",
+    "sphere",
     "standard_normal",
     "sylvester",
+    "unaf",
+    "uniform_angles",
+    "von_mises_angles",
 ]

@@ -38,7 +38,13 @@ class Root(NamedTuple):
 
 
 def monotone_root(
-    f: Increasing, y: Tensor, *, start: Tensor | None = None, max_steps: int = 200, tol: float | None = None
+    f: Increasing,
+    y: Tensor,
+    *,
+    start: Tensor | None = None,
+    bracket: tuple[Tensor, Tensor] | None = None,
+    max_steps: int = 200,
+    tol: float | None = None,
 ) -> Root:
     r"""Solves :math:`f(x) = y` for an increasing :math:`f`, entry by entry, wherever on the real line x lies.
 
@@ -46,6 +52,8 @@ def monotone_root(
         f: ``x -> (f(x), log f'(x))``, elementwise and increasing. May depend on tensors that need gradients.
         y: the values to reach, any shape. A NaN or infinite entry is returned as it is.
         start: where to begin, broadcastable to ``y``; default ``y`` itself.
+        bracket: numbers that are surely not above and not below the root, broadcastable to ``y``, if such are known;
+            an infinite one says nothing.
         max_steps: how many evaluations before giving up.
         tol: accepted ``|f(x) - y| / (1 + |y|)``; default to the last digits, ``|f(x) - y| <= 4 eps |y|``. An entry
             whose bracket has shrunk to neighbouring floating-point numbers, or whose Newton step is below the
@@ -65,7 +73,7 @@ def monotone_root(
         tensor([ 0.0000e+00,  2.0337e+00, -1.0000e+06])
     """
     with torch.no_grad():
-        x, residual, steps, failed = _search(f, y.detach(), start, max_steps, tol)
+        x, residual, steps, failed = _search(f, y.detach(), start, bracket, max_steps, tol)
         if failed.any():
             worst = float(residual[failed].nan_to_num(torch.inf).max())
             count = int(failed.sum())
@@ -77,7 +85,7 @@ def monotone_root(
                 count=count,
                 steps=steps,
             )
-    for _ in range(2):
+    for _ in range(2 if torch.is_grad_enabled() else 0):
         value, log_slope = f(x)
         step = (y - value) * torch.exp(-log_slope)
         moved = step - step.detach()
@@ -86,15 +94,25 @@ def monotone_root(
 
 
 def _search(
-    f: Increasing, y: Tensor, start: Tensor | None, max_steps: int, tol: float | None
+    f: Increasing,
+    y: Tensor,
+    start: Tensor | None,
+    bracket: tuple[Tensor, Tensor] | None,
+    max_steps: int,
+    tol: float | None,
 ) -> tuple[Tensor, Tensor, int, Tensor]:
     eps = torch.finfo(y.dtype).eps
     accepted = 4 * eps * y.abs() + torch.finfo(y.dtype).tiny if tol is None else tol * (1 + y.abs())
     given = torch.isfinite(y)
     target = torch.where(given, y, torch.zeros_like(y))
-    x = target if start is None else start.expand_as(y).to(y.dtype)
     low = torch.full_like(y, -torch.inf)
     high = torch.full_like(y, torch.inf)
+    if bracket is not None:
+        low, high = (
+            torch.where(given, end.expand_as(y).to(y.dtype), open_end)
+            for end, open_end in zip(bracket, (low, high), strict=True)
+        )
+    x = target if start is None else torch.where(given, start.expand_as(y).to(y.dtype), target)
     reach = 1 + 0.1 * x.abs()
     best, best_gap = x, torch.full_like(y, torch.inf)
     last_width = torch.full_like(y, torch.inf)

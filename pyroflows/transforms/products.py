@@ -8,15 +8,31 @@ from typing import Any
 
 from pyroflows.errors import OptionError
 from pyroflows.nets import Activation
-from pyroflows.transforms.maps import Additive, Affine, RationalSpline, UnivariateMap
+from pyroflows.transforms.base import with_variants
+from pyroflows.transforms.maps import Additive, Affine, UnivariateMap
+from pyroflows.transforms.mixtures import DeepSigmoid, Gaussianization, LogisticMixture
+from pyroflows.transforms.monotone import Bernstein, SumOfSquares, UnconstrainedMonotonic, VolumePreserving
+from pyroflows.transforms.splines import PolynomialSpline, RationalSpline
 from pyroflows.transforms.structures import Autoregressive, Coupling, Elementwise
+from pyroflows.transforms.tails import SinhArcsinh, SoftLog, TailTransform
 
 __all__ = ["MAPS", "autoregressive", "coupling", "elementwise", "univariate_map"]
 
 MAPS: dict[str, Callable[..., UnivariateMap]] = {
     "additive": Additive,
     "affine": Affine,
+    "bernstein": Bernstein,
+    "deep_sigmoid": DeepSigmoid,
+    "gaussianization": Gaussianization,
+    "logistic_mixture": LogisticMixture,
+    "polynomial_spline": PolynomialSpline,
     "rational_spline": RationalSpline,
+    "sinh_arcsinh": SinhArcsinh,
+    "soft_log": SoftLog,
+    "sum_of_squares": SumOfSquares,
+    "tail": TailTransform,
+    "unconstrained_monotonic": UnconstrainedMonotonic,
+    "volume_preserving": VolumePreserving,
 }
 """Univariate maps by name; a new one is a line here."""
 
@@ -49,6 +65,15 @@ def univariate_map(map: str | UnivariateMap, **options: Any) -> UnivariateMap:
         raise OptionError(f"the map {map!r} does not take these options: {error}") from error
 
 
+@with_variants(
+    {"map": "deep_sigmoid", "depth": 2},
+    {"map": "gaussianization"},
+    {"map": "sinh_arcsinh"},
+    {"map": "tail"},
+    {"map": "soft_log"},
+    {"map": "rational_spline", "tails": "linear"},
+    {"map": "polynomial_spline", "order": "linear", "tails": "linear"},
+)
 def elementwise(
     input_dim: int,
     map: str | UnivariateMap = "affine",
@@ -82,6 +107,11 @@ def elementwise(
     return Elementwise(univariate_map(map, **options), input_dim, event_dim=event_dim, **network)
 
 
+@with_variants(
+    {"map": "logistic_mixture"},
+    {"map": "volume_preserving"},
+    {"map": "polynomial_spline", "order": "quadratic", "tails": "linear"},
+)
 def coupling(
     input_dim: int,
     map: str | UnivariateMap = "affine",
@@ -117,12 +147,18 @@ def coupling(
     return Coupling(univariate_map(map, **options), input_dim, mask=mask, residual=residual, **network)
 
 
+@with_variants(
+    {"map": "unconstrained_monotonic"},
+    {"map": "bernstein"},
+    {"map": "polynomial_spline", "order": "cubic"},
+)
 def autoregressive(
     input_dim: int,
     map: str | UnivariateMap = "affine",
     *,
     context_dim: int = 0,
     order: Sequence[int] | None = None,
+    adjacency: Sequence[Sequence[bool]] | None = None,
     hidden_dims: Sequence[int] = (128, 128),
     activation: Activation = "relu",
     residual: bool = False,
@@ -135,6 +171,7 @@ def autoregressive(
         map: the map's name, or a map.
         context_dim: the width of the context.
         order: the rank of each coordinate, see `Autoregressive`.
+        adjacency: which coordinate steers which, see `Autoregressive`.
         hidden_dims: the hidden widths of the network.
         activation: its activation.
         residual: whether its hidden layers have skip connections.
@@ -149,4 +186,6 @@ def autoregressive(
         torch.Size([5, 4])
     """
     network: dict[str, Any] = {"context_dim": context_dim, "hidden_dims": hidden_dims, "activation": activation}
-    return Autoregressive(univariate_map(map, **options), input_dim, order=order, residual=residual, **network)
+    return Autoregressive(
+        univariate_map(map, **options), input_dim, order=order, adjacency=adjacency, residual=residual, **network
+    )
