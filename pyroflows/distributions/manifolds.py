@@ -28,6 +28,7 @@ from pyroflows.transforms import (
     EqualArea,
     FlowTransform,
     RationalSpline,
+    with_input_dims,
     with_variants,
 )
 
@@ -160,6 +161,7 @@ def _layers(layer: Any, transforms: int) -> Compose:
     return Compose([layer(i) for i in range(transforms)])
 
 
+@with_input_dims(1, 2)
 def sphere(
     input_dim: int,
     *,

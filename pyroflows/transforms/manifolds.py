@@ -256,7 +256,10 @@ class _CircularMADE(MLP):
     def __init__(self, input_dim: int, params: int, ranks: Sequence[int], context_dim: int, **network: Any) -> None:
         lowest = 0 if context_dim else min(1, input_dim - 1)
         degrees = [torch.tensor(ranks).repeat(2) + 1]
-        degrees += [lowest + torch.arange(width) * (input_dim - lowest) // width for width in network["hidden_dims"]]
+        degrees += [
+            lowest + torch.arange(width) * (input_dim - lowest) // width
+            for width in check_widths(network["hidden_dims"])
+        ]
         masks = [later[:, None] >= earlier for earlier, later in pairwise(degrees)]
         masks.append(torch.tensor(ranks).repeat_interleave(params)[:, None] >= degrees[-1])
         super().__init__(2 * input_dim, input_dim * params, context_dim=context_dim, masks=masks, **network)
