@@ -1,45 +1,117 @@
-"""A masked autoencoder: a perceptron whose outputs for one coordinate see only the coordinates before it.
+r"""A masked autoencoder: a perceptron whose outputs for one coordinate see only the coordinates before it.
 
 Germain, Gregor, Murray, Larochelle (2015), *MADE: masked autoencoder for distribution estimation*,
 arXiv:1502.03509.
+
+Each hidden unit sees a fixed set of coordinates, so it can be computed as soon as these are known. `MADE.unroll` finds
+the coordinates one after another and evaluates each unit once, where whole passes would evaluate every unit as often as
+there are coordinates; `MADE.unroll_back` does the same for a gradient, from the last coordinate to the first.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from pyroflows.errors import OptionError
-from pyroflows.nets.mlp import MLP, Activation, check_widths
+from pyroflows.nets.mlp import MLP, Activation, check_widths, within_reach
 
 __all__ = ["MADE"]
 
+BLOCK = 8
+"""How many stages are worked on with one product for all that came before them."""
+
+
+class _Stage(NamedTuple):
+    """What becomes known together: coordinates ``[first, last)`` in turn, and in each hidden layer units likewise."""
+
+    first: int
+    last: int
+    units: tuple[tuple[int, int], ...]
+
+
+def _parents(input_dim: int, order: Sequence[int] | None, adjacency: Sequence[Sequence[bool]] | None) -> list[set[int]]:
+    """The coordinates that each one is steered by."""
+    if order is not None and adjacency is not None:
+        raise OptionError("order and adjacency both say which coordinate is steered by which: give one of them.")
+    if adjacency is not None:
+        rows = [[bool(entry) for entry in row] for row in adjacency]
+        if len(rows) != input_dim or any(len(row) != input_dim for row in rows):
+            raise OptionError(f"adjacency must be {input_dim} rows of {input_dim} booleans.")
+        return [{j for j, steered in enumerate(row) if steered and j != i} for i, row in enumerate(rows)]
+    ranks = list(range(input_dim)) if order is None else [int(rank) for rank in order]
+    if sorted(ranks) != list(range(input_dim)):
+        raise OptionError(f"order must be a permutation of 0 .. {input_dim - 1}, got {ranks}.")
+    return [{j for j in range(input_dim) if ranks[j] < rank} for rank in ranks]
+
+
+def _levels(parents: list[set[int]]) -> list[int]:
+    """How many coordinates in a row have to be known before each one.
+
+    Raises:
+        OptionError: the coordinates steer each other in a circle.
+    """
+    levels: list[int] = [-1] * len(parents)
+    for level in range(len(parents)):
+        ready = [i for i, steered_by in enumerate(parents) if levels[i] < 0 and all(levels[j] >= 0 for j in steered_by)]
+        if not ready:
+            break
+        for i in ready:
+            levels[i] = level
+    if -1 in levels:
+        circle = [i for i, level in enumerate(levels) if level < 0]
+        raise OptionError(f"adjacency has a circle among the coordinates {circle}: no order of them exists.")
+    return levels
+
+
+def _works_on_each_number(activation: nn.Module) -> bool:
+    """Whether an activation gives the same for a number whatever stands beside it, and every time."""
+    probe = torch.linspace(-3, 3, 12).reshape(3, 4)
+    try:
+        with torch.no_grad():
+            whole, part = activation(probe), activation(probe[1:, :3].mT)
+    except Exception:  # whatever it asks of its input, it is more than one number
+        return False
+    return whole.shape == probe.shape and torch.equal(whole[1:, :3].mT, part)
+
 
 class MADE(MLP):
-    r"""``params`` outputs for each of ``input_dim`` coordinates, those of :math:`x_i` from what precedes it.
+    r"""``params`` outputs for each of ``input_dim`` coordinates, those of :math:`x_i` from what steers it.
 
     Coordinate :math:`i` has the rank ``order[i]``; its outputs depend on the coordinates of lower rank and on
-    the whole context. A hidden unit of degree :math:`m` sees the ranks below :math:`m`.
+    the whole context; with ``adjacency``, on the coordinates named there instead. A hidden unit sees what steers one of
+    the coordinates, and each layer has units for all of these sets in turn, as far as its width goes.
 
     Args:
         input_dim: the number of coordinates.
         params: how many outputs each coordinate gets.
         order: the rank of each coordinate, a permutation of ``0 .. input_dim - 1``; default as they come.
+        adjacency: ``adjacency[i][j]`` says whether :math:`x_j` steers coordinate :math:`i`, in place of an order; a
+            directed graph without circles, whose diagonal is ignored.
         hidden_dims: the widths of the hidden layers.
         context_dim: the width of the context, 0 for none.
         activation: a name, a module class or a module.
         residual: add each hidden layer's input to its output; all hidden widths must then be equal.
 
+    Attributes:
+        turn: which coordinate comes when.
+        passes: how many coordinates in a row have to be found, one after another.
+        unrolls: whether `unroll` works: the activation must work on each number alone.
+
     Raises:
-        OptionError: ``order`` is not a permutation, or a width is not positive.
+        OptionError: ``order`` is not a permutation, ``adjacency`` is not square or has a circle, both are given, or a
+            width is not positive.
 
     Example:
         >>> MADE(3, 2)(torch.zeros(5, 3)).shape
         torch.Size([5, 3, 2])
     """
+
+    turn: Tensor
 
     def __init__(
         self,
@@ -47,23 +119,27 @@ class MADE(MLP):
         params: int,
         *,
         order: Sequence[int] | None = None,
+        adjacency: Sequence[Sequence[bool]] | None = None,
         hidden_dims: Sequence[int] = (128, 128),
         context_dim: int = 0,
         activation: Activation = "relu",
         residual: bool = False,
     ) -> None:
         hidden_dims = check_widths(hidden_dims)
-        ranks = list(range(input_dim)) if order is None else [int(rank) for rank in order]
-        if sorted(ranks) != list(range(input_dim)):
-            raise OptionError(f"order must be a permutation of 0 .. {input_dim - 1}, got {ranks}.")
-        # A unit of degree 0 sees the context alone; without a context it would see nothing.
-        lowest = 0 if context_dim else min(1, input_dim - 1)
-        degrees = [torch.tensor(ranks) + 1]
-        for width in hidden_dims:
-            unit = torch.arange(width)
-            degrees.append(lowest + unit * (input_dim - lowest) // width)
-        masks = [later[:, None] >= earlier for earlier, later in pairwise(degrees)]
-        masks.append(torch.tensor(ranks).repeat_interleave(params)[:, None] >= degrees[-1])
+        parents = _parents(input_dim, order, adjacency)
+        levels = _levels(parents)
+
+        def stage(seen: frozenset[int]) -> int:
+            return max((levels[j] + 1 for j in seen), default=0)
+
+        sets = sorted(set(map(frozenset, parents)), key=lambda seen: (stage(seen), len(seen), sorted(seen)))
+        if len(sets) > 1 and not context_dim:
+            sets = [seen for seen in sets if seen]  # a unit that sees nothing is of use with a context only
+        units = [[sets[k * len(sets) // width] for k in range(width)] for width in hidden_dims]
+        seen_by = [[frozenset([j]) for j in range(input_dim)], *units]
+        masks = [torch.tensor([[a <= b for a in below] for b in above]) for below, above in pairwise(seen_by)]
+        outputs = torch.tensor([[a <= b for a in seen_by[-1]] for b in parents])
+        masks.append(outputs.repeat_interleave(params, 0))
         super().__init__(
             input_dim,
             input_dim * params,
@@ -74,7 +150,155 @@ class MADE(MLP):
             masks=masks,
         )
         self.params = params
+        turn = sorted(range(input_dim), key=levels.__getitem__)
+        self.register_buffer("turn", torch.tensor(turn), persistent=False)
+        self.passes = max(levels) + 1
+        self.unrolls = _works_on_each_number(self.activation)
+        # Units are in the order of their stages, so what is known at a stage is a slice from the front.
+        stages = [[stage(seen) for seen in layer] for layer in units]
+        self._stages = [
+            _Stage(
+                sum(level < t for level in levels),
+                sum(level <= t for level in levels),
+                tuple((sum(s < t for s in layer), sum(s <= t for s in layer)) for layer in stages),
+            )
+            for t in range(self.passes)
+        ]
 
     def forward(self, x: Tensor | None, context: Tensor | None = None) -> Tensor:
         """The outputs ``[*batch, input_dim, params]`` for ``x`` ``[*batch, input_dim]``."""
         return super().forward(x, context).unflatten(-1, (-1, self.params))
+
+    def tensors(self) -> list[Tensor]:
+        """All that the outputs depend on beside the input and the context."""
+        parts = [(layer.weight, layer.context_weight, layer.bias) for layer in self.layers]
+        return [t for part in parts for t in part if isinstance(t, Tensor)] + list(self.activation.parameters())
+
+    def _columns(self) -> tuple[list[Tensor], Tensor, Tensor]:
+        """The masked weights, inputs and outputs in turn: those of each layer but the last, then the last's
+        ``[input_dim, params, units]``, and its bias.
+        """
+        weights = [layer.masked_weight() for layer in self.layers]  # type: ignore[operator]
+        weights[0] = weights[0].index_select(1, self.turn)
+        last = weights.pop().unflatten(0, (-1, self.params)).index_select(0, self.turn)
+        bias = self.layers[-1].bias.unflatten(0, (-1, self.params)).index_select(0, self.turn)  # type: ignore[operator]
+        return weights, last, bias
+
+    def _offset(self, number: int, context: Tensor | None) -> Tensor:
+        """What a layer adds to the products with its weights, ``[units, 1]``, or ``[units, rows]`` with a context."""
+        layer = self.layers[number]
+        if number or context is None:
+            return layer.bias.unsqueeze(-1)  # type: ignore[operator]
+        return layer(None, within_reach(context)).mT
+
+    @torch.no_grad()
+    def unroll(self, find: Callable[[Tensor, Tensor], Tensor], like: Tensor, context: Tensor | None = None) -> Tensor:
+        """Coordinates found one after another from outputs that depend on those before; no unit is computed twice.
+
+        Args:
+            find: from coordinates ``[n]`` and their outputs ``[rows, n, params]`` to their values ``[rows, n]``.
+            like: gives rows, dtype and device, ``[rows, input_dim]``.
+            context: ``[rows, context_dim]``.
+
+        Returns:
+            ``[rows, input_dim]``, without gradient.
+        """
+        weights, last, last_bias = self._columns()
+        rows, depth = len(like), len(weights)
+        found = like.new_empty(self.in_features, rows)
+        active = [torch.empty_like(found), *(like.new_empty(len(weight), rows) for weight in weights)]
+        before = [torch.empty_like(units) for units in active[1:]] if self.residual else []
+        offsets = [self._offset(number, context) for number in range(depth)]
+        if not depth and context is not None:
+            last_bias = self.layers[0](None, within_reach(context)).unflatten(-1, (-1, self.params))
+            last_bias = last_bias.index_select(-2, self.turn)
+        for some in range(0, self.passes, BLOCK):
+            block = self._stages[some : some + BLOCK]
+            # What the units and outputs of a block of stages owe to all earlier ones is one product each.
+            old = (block[0].first, *(start for start, _ in block[0].units))
+            ends = [stop for _, stop in block[-1].units]
+            begun = [
+                weights[n][old[n + 1] : ends[n], : old[n]] @ active[n][: old[n]] + offsets[n][old[n + 1] : ends[n]]
+                for n in range(depth)
+            ]
+            outputs = active[-1][: old[-1]].mT @ last[old[0] : block[-1].last, :, : old[-1]].flatten(0, 1).mT
+            outputs = outputs.unflatten(-1, (-1, self.params)) + last_bias[..., old[0] : block[-1].last, :]
+            for first, last_one, units in block:
+                known = first
+                for n, (start, stop) in enumerate(units):
+                    if stop > start:
+                        new = weights[n][start:stop, old[n] : known] @ active[n][old[n] : known]
+                        new = new + begun[n][start - old[n + 1] : stop - old[n + 1]]
+                        if self.residual:
+                            new = new + before[n - 1][start:stop] if n else new
+                            before[n][start:stop] = new
+                        active[n + 1][start:stop] = self.activation(new)
+                    known = stop
+                matrix = last[first:last_one, :, old[-1] : known].flatten(0, 1)
+                new = (active[-1][old[-1] : known].mT @ matrix.mT).unflatten(-1, (-1, self.params))
+                coordinates = self.turn[first:last_one]
+                values = find(coordinates, (outputs[:, first - old[0] : last_one - old[0]] + new).to(like.dtype)).mT
+                found[coordinates] = values
+                active[0][first:last_one] = within_reach(values)
+        return found.mT.contiguous()
+
+    @torch.no_grad()
+    def unroll_back(
+        self, x: Tensor, gradient: Tensor, slope: Tensor, by_outputs: Tensor, context: Tensor | None = None
+    ) -> Tensor:
+        r"""Solves :math:`J^\top v = g` for the Jacobian of :math:`y_i = f(x_i; \theta_i(x))`, last coordinate first.
+
+        Args:
+            x: ``[rows, input_dim]``.
+            gradient: :math:`g`, ``[rows, input_dim]``.
+            slope: :math:`\partial y_i / \partial x_i` at fixed outputs, ``[rows, input_dim]``.
+            by_outputs: :math:`\partial y_i / \partial \theta_i`, ``[rows, input_dim, params]``.
+            context: ``[rows, context_dim]``.
+
+        Returns:
+            :math:`v` ``[rows, input_dim]``, without gradient.
+        """
+        weights, last, _ = self._columns()
+        depth = len(weights)
+        inputs = x.index_select(-1, self.turn).mT
+        reach = within_reach(inputs)
+        slopes, below, hidden = [], reach, None
+        for number, weight in enumerate(weights):
+            new = weight @ below + self._offset(number, context)
+            hidden = new + hidden if self.residual and hidden is not None else new
+            with torch.enable_grad():
+                point = hidden.detach().requires_grad_()
+                below = self.activation(point)
+                (rise,) = torch.autograd.grad(below.sum(), point)
+            slopes.append(rise)
+            below = below.detach()
+        found = torch.empty_like(x)
+        by_output = x.new_empty(self.in_features, self.params, len(x))
+        by_unit = [torch.empty_like(units) for units in slopes]
+        for first, last_one, units in reversed(self._stages):
+            coordinates = self.turn[first:last_one]
+            g = gradient.index_select(-1, coordinates).mT
+            if depth:
+                later = units[0][1]
+                into = weights[0][later:, first:last_one].mT @ by_unit[0][later:]
+            else:
+                into = last[last_one:, :, first:last_one].flatten(0, 1).mT @ by_output[last_one:].flatten(0, 1)
+            into = torch.where(reach[first:last_one] == inputs[first:last_one], into, 0)
+            v = (g - into) / slope.index_select(-1, coordinates).mT
+            found[:, coordinates] = v.mT
+            by_output[first:last_one] = by_outputs.index_select(-2, coordinates).permute(1, 2, 0) * v.unsqueeze(1)
+            for number in reversed(range(depth)):
+                start, stop = units[number]
+                if number == depth - 1:
+                    above, seen = by_output[first:].flatten(0, 1), last[first:, :, start:stop].flatten(0, 1)
+                else:
+                    above, seen = (
+                        by_unit[number + 1][units[number + 1][0] :],
+                        weights[number + 1][units[number + 1][0] :],
+                    )
+                    seen = seen[:, start:stop]
+                new = slopes[number][start:stop] * (seen.mT @ above)
+                if self.residual and number < depth - 1:
+                    new = new + by_unit[number + 1][start:stop]
+                by_unit[number][start:stop] = new
+        return found

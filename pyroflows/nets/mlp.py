@@ -53,7 +53,7 @@ def activation_module(activation: Activation) -> nn.Module:
     return module
 
 
-def _within_reach(x: Tensor) -> Tensor:
+def within_reach(x: Tensor) -> Tensor:
     """The input, held at 1e8 (in half precision at 256) so that no weight of ordinary size can overflow."""
     bound = min(1e8, math.sqrt(torch.finfo(x.dtype).max))
     return x.clamp(-bound, bound)
@@ -87,13 +87,15 @@ class _Linear(nn.Module):
             nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
         self.register_buffer("mask", mask if inputs else None)
 
+    def masked_weight(self) -> Tensor:
+        """The weight of the input, zero where the mask is."""
+        weight: Tensor = self.weight  # type: ignore[assignment]
+        return weight if self.mask is None else torch.where(self.mask, weight, 0)
+
     def forward(self, x: Tensor | None, context: Tensor | None = None) -> Tensor:
         out: Tensor = self.bias
         if self.weight is not None and x is not None:
-            weight: Tensor = self.weight
-            if self.mask is not None:
-                weight = torch.where(self.mask, weight, 0)
-            out = linear(x, weight, self.bias)
+            out = linear(x, self.masked_weight(), self.bias)
         elif x is not None:
             out = self.bias.expand(*x.shape[:-1], -1)
         if self.context_weight is not None and context is not None:
@@ -169,7 +171,7 @@ class MLP(nn.Module):
                 got = "none" if tensor is None else f"shape {tuple(tensor.shape)}"
                 raise ShapeError(f"expected {name} of width {width}, got {got}.")
         hidden = self.layers[0](
-            None if x is None else _within_reach(x), None if context is None else _within_reach(context)
+            None if x is None else within_reach(x), None if context is None else within_reach(context)
         )
         for number, layer in enumerate(self.layers[1:]):
             active = self.activation(hidden)

@@ -11,7 +11,7 @@ from torch.distributions import constraints
 
 from pyroflows.errors import OptionError
 from pyroflows.nets import MADE, MLP, Activation
-from pyroflows.numerics import sum_last
+from pyroflows.numerics import is_plainly_eager, sum_last
 from pyroflows.transforms.base import FlowTransform
 from pyroflows.transforms.maps import UnivariateMap
 
@@ -175,6 +175,8 @@ class Autoregressive(_Mapped):
         input_dim: the number of coordinates.
         context_dim: the width of the context.
         order: the rank of each coordinate, a permutation of ``0 .. input_dim - 1``; default as they come.
+        adjacency: ``adjacency[i][j]`` says whether :math:`x_j` steers coordinate :math:`i`, in place of an order: any
+            directed graph without circles, such as that of a known factorisation of the density.
         hidden_dims: the hidden widths of the network.
         activation: its activation.
         residual: whether the network's hidden layers have skip connections.
@@ -182,7 +184,7 @@ class Autoregressive(_Mapped):
             whose output for a coordinate must depend on those of lower rank alone.
 
     Raises:
-        OptionError: ``order`` is not a permutation.
+        OptionError: ``order`` is not a permutation, ``adjacency`` has a circle, or the map is a joint one.
 
     Example:
         >>> from pyroflows.transforms import Affine
@@ -200,23 +202,31 @@ class Autoregressive(_Mapped):
         *,
         context_dim: int = 0,
         order: Sequence[int] | None = None,
+        adjacency: Sequence[Sequence[bool]] | None = None,
         hidden_dims: Sequence[int] = (128, 128),
         activation: Activation = "relu",
         residual: bool = False,
         net: nn.Module | None = None,
     ) -> None:
+        if map.joint:
+            raise OptionError(
+                f"{type(map).__name__} reads the parameters of all coordinates together, and an autoregressive layer "
+                "finds them one at a time; use Coupling or Elementwise."
+            )
         super().__init__(map, input_dim, context_dim)
-        ranks = list(range(input_dim)) if order is None else [int(rank) for rank in order]
         self.net = net or MADE(
             input_dim,
             map.params,
-            order=ranks,
+            order=order,
+            adjacency=adjacency,
             hidden_dims=hidden_dims,
             context_dim=context_dim,
             activation=activation,
             residual=residual,
         )
-        self.register_buffer("turn", torch.tensor(sorted(range(input_dim), key=ranks.__getitem__)))
+        ranks = range(input_dim) if order is None else order
+        turn = torch.tensor(sorted(range(input_dim), key=ranks.__getitem__))
+        self.register_buffer("turn", self.net.turn if isinstance(self.net, MADE) else turn)
 
     turn: Tensor  # which coordinate comes when
 
@@ -229,10 +239,60 @@ class Autoregressive(_Mapped):
         return y, sum_last(log_slope)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """``input_dim`` passes of the network, each of which finds one coordinate."""
+        """One coordinate after another, with the work of about one pass if the network is a `MADE`.
+
+        The gradient is that of the implicit function theorem: its memory does not grow with the number of coordinates.
+        """
         self.check_width(y, self.input_dim)
         self.check_context(context)
         context = context if self.context_dim else None
+        if not (is_plainly_eager() and isinstance(self.net, MADE) and self.net.unrolls):
+            return self._by_passes(y, context)
+        tensors = self.net.tensors()
+        wanted = any(t is not None and t.requires_grad for t in (y, context, *tensors))
+        if not (wanted and torch.is_grad_enabled()):
+            return self._unroll(y, context)
+        if not all(isinstance(t, nn.Parameter) for t in tensors):
+            return self._by_passes(y, context)  # what stands in for a parameter may be gone when gradients are due
+        x = _Implicit.apply(self, self._unroll(y, context)[0], y, context, *tensors)
+        return x, -self.forward_and_log_det(x, context)[1]
+
+    def _rows(self, context: Tensor | None, *values: Tensor) -> tuple[torch.Size, Tensor | None, list[Tensor]]:
+        """The joint batch shape, and everything as rows of it."""
+        batches = [values[0].shape[:-1]] if context is None else [values[0].shape[:-1], context.shape[:-1]]
+        batch = torch.broadcast_shapes(*batches)
+        rows = [value.expand(*batch, *value.shape[-1:]).reshape(-1, value.shape[-1]) for value in values]
+        if context is not None:
+            context = context.expand(*batch, -1).reshape(-1, context.shape[-1])
+        return batch, context, rows
+
+    @torch.no_grad()
+    def _unroll(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        batch, context, [rows] = self._rows(context, y)
+        columns = rows.mT.contiguous()
+        log_slopes = []
+
+        def find(coordinates: Tensor, params: Tensor) -> Tensor:
+            found, log_slope = self.map.backward(columns.index_select(0, coordinates).mT, params)
+            log_slopes.append(log_slope)
+            return found
+
+        x = self.net.unroll(find, rows, context)  # type: ignore[operator]
+        return x.reshape(*batch, self.input_dim), sum_last(torch.cat(log_slopes, -1)).reshape(batch)
+
+    def _solve_back(self, x: Tensor, context: Tensor | None, gradient: Tensor) -> Tensor:
+        r""":math:`J^{-\top} g`, the gradient with respect to ``y`` given the one with respect to ``x = f^-1(y)``."""
+        batch, context, [points, gradient] = self._rows(context, x, gradient)
+        with torch.enable_grad():
+            params = self.net(points, context).to(x.dtype).detach().requires_grad_()
+            image, log_slope = self.map.forward(points, params)
+            (by_params,) = torch.autograd.grad(image.sum(), params)
+        slope = torch.exp(log_slope.detach()).to(x.dtype)
+        solved = self.net.unroll_back(points, gradient, slope, by_params, context)  # type: ignore[operator]
+        return solved.reshape(*batch, self.input_dim)
+
+    def _by_passes(self, y: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Whole passes of any network, differentiable as they are."""
         x = torch.zeros_like(y)
         log_slopes = []
         coordinates = torch.arange(self.input_dim, device=y.device)
@@ -242,3 +302,44 @@ class Autoregressive(_Mapped):
             x = torch.where(coordinates == turn, found, x)
             log_slopes.append(log_slope)
         return x, sum_last(torch.cat(log_slopes, -1))
+
+
+class _Implicit(torch.autograd.Function):
+    r"""The root :math:`x` of :math:`y = f(x; \theta)`, with the gradients of the implicit function theorem.
+
+    For a gradient :math:`g`, :math:`y` gets :math:`v = J^{-\top} g`, and the context and the network what the image
+    :math:`f(x; \theta)` at the fixed root gives them for :math:`-v`.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, layer: Autoregressive, x: Tensor, y: Tensor, context: Tensor | None, *tensors: Tensor
+    ) -> Tensor:
+        ctx.layer = layer
+        ctx.save_for_backward(x, y, context, *tensors)
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        x, y, context, *tensors = ctx.saved_tensors
+        needed = ctx.needs_input_grad[2:]
+        if torch.is_grad_enabled():  # the gradient itself is to be differentiated
+            found, _ = ctx.layer._by_passes(y, context)
+            return None, None, *_gradients(found, [y, context, *tensors], needed, gradient, again=True)
+        solved = ctx.layer._solve_back(x, context, gradient)
+        by_tensors: list[Tensor | None] = [None] * (len(needed) - 1)
+        if any(needed[1:]):
+            with torch.enable_grad():
+                image, _ = ctx.layer.forward_and_log_det(x, context)
+            by_tensors = _gradients(image, [context, *tensors], needed[1:], -solved, again=False)
+        return None, None, solved.sum_to_size(y.shape), *by_tensors
+
+
+def _gradients(
+    output: Tensor, inputs: Sequence[Tensor | None], needed: Sequence[bool], gradient: Tensor, again: bool
+) -> list[Tensor | None]:
+    """``autograd.grad`` for those inputs that need one."""
+    wanted = [i for i, need in enumerate(needed) if need]
+    found = torch.autograd.grad(output, [inputs[i] for i in wanted], gradient, create_graph=again, allow_unused=True)  # type: ignore[arg-type]
+    by = dict(zip(wanted, found, strict=True))
+    return [by.get(i) for i in range(len(inputs))]
