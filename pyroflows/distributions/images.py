@@ -51,14 +51,19 @@ def _positive(**numbers: int) -> None:
             raise OptionError(f"{name} must be a positive integer, got {number!r}.")
 
 
-@with_input_dims((1, 4, 4), (3, 2, 2))
+def _coupling_map(map: str | UnivariateMap, options: dict[str, Any]) -> UnivariateMap:
+    """The map by name; an affine one scales by at most e, so that dozens of couplings stay well conditioned."""
+    return univariate_map(map, **({"max_log_scale": 1.0, **options} if map == "affine" else options))
+
+
+@with_input_dims((1, 4, 4))
 @with_variants({"levels": 2, "steps": 1, "map": "rational_spline", "squeeze": "haar"})
 def glow(
     input_dim: Shape,
     *,
     context_dim: int = 0,
     levels: int | None = None,
-    steps: int = 4,
+    steps: int = 3,
     map: str | UnivariateMap = "affine",
     hidden_channels: int = 64,
     kernel_sizes: Sequence[int] = (3, 1, 3),
@@ -74,7 +79,7 @@ def glow(
         context_dim: the width of the context, which steers the couplings.
         levels: how often the image is halved; default as often as it can be, at most three times.
         steps: the number of steps of a scale.
-        map: the univariate map of the couplings, by name.
+        map: the univariate map of the couplings, by name; an affine one scales by at most e unless told otherwise.
         hidden_channels: the channels of each coupling's network.
         kernel_sizes: the widths of its kernels.
         squeeze: how a scale makes channels of pixels, ``"space"`` or ``"haar"``.
@@ -91,7 +96,7 @@ def glow(
     """
     shape = image_shape(input_dim)
     _positive(steps=steps)
-    g = univariate_map(map, **options)
+    g = _coupling_map(map, options)
 
     def step(shape: torch.Size, i: int) -> list[FlowTransform]:
         coupling = ImageCoupling(
@@ -114,30 +119,31 @@ def glow(
     return Flow(transform, _standard_normal_image(shape), support=support)
 
 
-@with_input_dims((1, 4, 4), (3, 2, 2))
+@with_input_dims((1, 4, 4))
 def realnvp_image(
     input_dim: Shape,
     *,
     context_dim: int = 0,
     levels: int | None = None,
-    steps: int = 3,
+    steps: int = 2,
     map: str | UnivariateMap = "affine",
     hidden_channels: int = 64,
-    kernel_sizes: Sequence[int] = (3, 3, 3, 3),
+    kernel_sizes: Sequence[int] = (3, 3, 3),
     activation: Activation = "relu",
     support: Support | None = None,
     **options: Any,
 ) -> Flow:
     """Real NVP: couplings of checkerboards, a squeeze, couplings of channels, at several scales (arXiv:1605.08803).
 
-    Each coupling is followed by a normalisation that starts from data, in place of the paper's batch normalisation.
+    The couplings of a kind are followed by a normalisation that starts from data, in place of the paper's batch
+    normalisation.
 
     Args:
         input_dim: the shape ``(C, H, W)`` of an image.
         context_dim: the width of the context, which steers the couplings.
         levels: how often the image is halved; default as often as it can be, at most three times.
         steps: the number of couplings of each kind at a scale.
-        map: the univariate map of the couplings, by name.
+        map: the univariate map of the couplings, by name; an affine one scales by at most e unless told otherwise.
         hidden_channels: the channels of each coupling's residual network.
         kernel_sizes: the widths of its kernels.
         activation: the activation of the networks.
@@ -153,7 +159,7 @@ def realnvp_image(
     """
     shape = image_shape(input_dim)
     _positive(steps=steps)
-    g = univariate_map(map, **options)
+    g = _coupling_map(map, options)
 
     def couplings(shape: torch.Size, split: Literal["channel", "checkerboard"] | None) -> list[FlowTransform]:
         layers: list[FlowTransform] = []
@@ -169,8 +175,8 @@ def realnvp_image(
                 activation=activation,
                 residual=True,
             )
-            layers += [coupling, channel_actnorm(shape)]
-        return layers
+            layers.append(coupling)
+        return [*layers, channel_actnorm(shape)]
 
     transform = multi_scale(
         shape,

@@ -103,7 +103,9 @@ class CNN(nn.Module):
             else:
                 added = self.context_layer(context).expand(*batch, -1)
                 steer = added.reshape(-1, added.shape[-1], 1, 1).chunk(len(self.layers) - 1, -3)
-        hidden = hidden.reshape(-1, *hidden.shape[-3:])  # a convolution takes one batch dimension
+        # A convolution takes one batch dimension. Flattened in between, so that an image of one pixel has the strides
+        # of an image: under vmap the convolution's derivative takes no others.
+        hidden = hidden.flatten(-3).reshape(-1, *hidden.shape[-3:])
         last = len(self.layers) - 1
         for number, layer in enumerate(self.layers):
             out = layer(self.activation(hidden) if number else hidden)

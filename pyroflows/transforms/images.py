@@ -267,6 +267,16 @@ def channel_actnorm(input_dim: Shape, *, context_dim: int = 0, **options: Any) -
     return Pixelwise(ActNorm(image_shape(input_dim)[0], context_dim=context_dim, **options))
 
 
+def _at_every_pixel(matrix: Tensor, image: Tensor) -> Tensor:
+    """The product of ``[*batch, C, C]`` with every pixel of ``[*batch, C, H, W]``."""
+    batch = torch.broadcast_shapes(matrix.shape[:-2], image.shape[:-3])
+    matrices, pixels = (
+        t.expand(*batch, -1, -1).flatten(0, -3) if batch else t[None] for t in (matrix, image.flatten(-2))
+    )
+    # Not matmul, which rounds otherwise where a gradient is wanted.
+    return torch.bmm(matrices, pixels).reshape(*batch, *image.shape[-3:])
+
+
 class InvertibleConv1x1(ImageTransform):
     r"""An invertible 1x1 convolution, :math:`y_{:,h,w} = P L U x_{:,h,w}`; log-det :math:`H W \sum_i \log|u_{ii}|`.
 
@@ -339,17 +349,17 @@ class InvertibleConv1x1(ImageTransform):
         """``P L U x`` at every pixel."""
         lower, upper, log_det = self._factors(x, context)
         matrix = (lower @ upper).index_select(-2, self.permutation)
-        y = (matrix @ x.flatten(-2)).unflatten(-1, x.shape[-2:])
+        y = _at_every_pixel(matrix, x)
         return y, log_det.expand(y.shape[:-3])
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Two triangular solves for all pixels."""
+        """The product with the inverse matrix, of two triangular solves."""
         lower, upper, log_det = self._factors(y, context)
         dtype = torch.promote_types(y.dtype, torch.float32)  # there is no solve in half precision
-        x = y.index_select(-3, self.back).flatten(-2).to(dtype)
-        x = torch.linalg.solve_triangular(lower.to(dtype), x, upper=False, unitriangular=True)
-        x = torch.linalg.solve_triangular(upper.to(dtype), x, upper=True).to(y.dtype)
-        x = x.unflatten(-1, y.shape[-2:])
+        rows = torch.eye(self.channels, dtype=dtype, device=y.device).index_select(-2, self.back)
+        matrix = torch.linalg.solve_triangular(lower.to(dtype), rows, upper=False, unitriangular=True)
+        matrix = torch.linalg.solve_triangular(upper.to(dtype), matrix, upper=True).to(y.dtype)
+        x = _at_every_pixel(matrix, y)
         return x, -log_det.expand(x.shape[:-3])
 
 
