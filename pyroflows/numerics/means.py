@@ -81,7 +81,7 @@ def leaky_relu_mean(c: Tensor, log_w: Tensor, log_a: Tensor) -> tuple[Tensor, Te
         >>> leaky_relu_mean(torch.tensor([-2.0, -4.0]), torch.full((2,), -0.6931472), torch.zeros(2))[0]
         tensor(-3.)
     """
-    log_slopes = torch.where(c > 0, 0.0, math.log(LEAK)).to(c.dtype)
+    log_slopes = torch.where(c > 0, torch.zeros_like(c), torch.full_like(c, math.log(LEAK)))
     mean = (torch.exp(log_w) * torch.where(c > 0, c, LEAK * c)).sum(-1)
     log_slope = torch.logsumexp(log_a + log_w + log_slopes, -1)
     above = mean > 0

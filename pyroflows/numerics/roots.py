@@ -56,8 +56,9 @@ def monotone_root(
             an infinite one says nothing.
         max_steps: how many evaluations before giving up.
         tol: accepted ``|f(x) - y| / (1 + |y|)``; default to the last digits, ``|f(x) - y| <= 4 eps |y|``. An entry
-            whose bracket has shrunk to neighbouring floating-point numbers, or whose Newton step is below the
-            last digit, is converged as well: no better root can be told.
+            whose bracket has shrunk to neighbouring floating-point numbers, whose Newton step is below the last
+            digit, or whose Newton steps no longer lead closer than the rounding of ``f`` is converged as well: no
+            better root can be told.
 
     Returns:
         A `Root`.
@@ -103,6 +104,7 @@ def _search(
 ) -> tuple[Tensor, Tensor, int, Tensor]:
     eps = torch.finfo(y.dtype).eps
     accepted = 4 * eps * y.abs() + torch.finfo(y.dtype).tiny if tol is None else tol * (1 + y.abs())
+    noise = 1e3 * eps * (1 + y.abs())
     given = torch.isfinite(y)
     target = torch.where(given, y, torch.zeros_like(y))
     low = torch.full_like(y, -torch.inf)
@@ -115,13 +117,14 @@ def _search(
     x = target if start is None else torch.where(given, start.expand_as(y).to(y.dtype), target)
     reach = 1 + 0.1 * x.abs()
     best, best_gap = x, torch.full_like(y, torch.inf)
-    last_width = torch.full_like(y, torch.inf)
+    last_move = torch.full_like(y, torch.inf)
     done = ~given
     steps = 0
     while steps < max_steps:
         steps += 1
         value, log_slope = f(x)
         gap = target - value
+        stuck = (gap.abs() > 0.5 * best_gap) & (best_gap <= noise)
         better = gap.abs() < best_gap
         best, best_gap = torch.where(better, x, best), torch.where(better, gap.abs(), best_gap)
         low = torch.where(gap >= 0, torch.maximum(low, x), low)
@@ -131,13 +134,14 @@ def _search(
         tight = closed & (width <= 2 * eps * torch.maximum(low.abs(), high.abs()))
         step = gap * torch.exp(-log_slope)
         still = (step.abs() <= eps * x.abs()) & (gap.abs() <= eps**0.5 * (1 + y.abs()))
-        done = done | (best_gap <= accepted) | still | tight
+        # Newton's steps halve the gap until nothing is left of it but the rounding of f.
+        settled = stuck & (step.abs() <= eps**0.75 * (1 + x.abs()))
+        done = done | (best_gap <= accepted) | still | settled | tight
         if bool(done.all()):
             break
         # Newton inside the bracket; where that is slow, the middle; where a side is open, twice as far.
         newton = x + step
-        slow = width > 0.5 * last_width
-        last_width = width
+        slow = step.abs() > 0.5 * last_move
         middle = low + 0.5 * width
         # A bracket that spans orders of magnitude is halved in the exponent.
         wide = (low * high > 0) & (torch.maximum(low.abs(), high.abs()) > 4 * torch.minimum(low.abs(), high.abs()))
@@ -146,6 +150,7 @@ def _search(
         outward = x + torch.sign(gap) * reach
         far = ~closed & ((newton - x).abs() > reach)
         reach = torch.where(closed, reach, 2 * reach)
-        x = torch.where(good & ~far, newton, torch.where(closed, middle, outward))
-        x = x.clamp(torch.finfo(y.dtype).min, torch.finfo(y.dtype).max)
+        there = torch.where(good & ~far, newton, torch.where(closed, middle, outward))
+        there = there.clamp(torch.finfo(y.dtype).min, torch.finfo(y.dtype).max)
+        x, last_move = there, (there - x).abs()
     return torch.where(given, best, y), torch.where(given, best_gap, torch.zeros_like(y)), steps, ~done
