@@ -13,7 +13,7 @@ from pyroflows.numerics import piecewise_cubic, piecewise_linear, piecewise_quad
 from pyroflows.numerics.piecewise import _cubic, _cubic_root
 from pyroflows.transforms import CircularSpline, PolynomialSpline, RationalSpline, coupling, elementwise, univariate_map
 
-BINS, BOUND = 6, 3.0
+BINS, BOUND = 6, 3.1  # no float32 holds this bound
 few = settings(max_examples=25, deadline=None, derandomize=True)
 seeds = st.integers(0, 2**31 - 1)
 MAPS = {
@@ -277,7 +277,7 @@ def test_N5_straight_bins_and_their_ends(spline):
 @every
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_N6_masked_rows_do_not_poison_gradients(spline, dtype):
-    x = torch.tensor([0.5, 1e20, -1e38, -1e20, 2.9, -3.0], dtype=dtype)
+    x = torch.tensor([0.5, 1e20, -1e38, -1e20, 2.9, -BOUND], dtype=dtype)
     for direction in (spline.forward, spline.backward):
         point = x.clone().requires_grad_()
         params = raw(spline, 6, 1.0, dtype=dtype)[:, 0].clone().requires_grad_()

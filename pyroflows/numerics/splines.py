@@ -226,7 +226,7 @@ def _with_tails(
     log_end = bounded_log_scale(torch.where(value > 0, slopes[..., -1], slopes[..., 0]), MAX_LOG_SLOPE)
     if inverse:
         log_end = -log_end
-    end = torch.where(value > 0, bound, -bound).to(value.dtype)
+    end = torch.where(value > 0, torch.full_like(value, bound), -bound)  # two plain numbers would make float32
     outside = end + (torch.where(inside, end, value) - end) * torch.exp(log_end)
     return torch.where(inside, result, outside), torch.where(inside, log_slope, log_end)
 
