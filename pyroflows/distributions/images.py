@@ -119,7 +119,7 @@ def glow(
     return Flow(transform, _standard_normal_image(shape), support=support)
 
 
-@with_input_dims((1, 4, 4))
+@with_input_dims((1, 2, 4))
 def realnvp_image(
     input_dim: Shape,
     *,
