@@ -5,6 +5,7 @@ De Cao, Titov, Aziz (2019), *Block neural autoregressive flow*, arXiv:1904.04676
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
@@ -193,13 +194,33 @@ class BlockAutoregressive(FlowTransform):
             if 0 < n < len(layers) - 1:
                 top = slope.detach().amax(-1, keepdim=True)
                 slope, log_scale = slope / top, log_scale + torch.log(top).squeeze(-1)
-        y, log_slope = z.squeeze(-1), log_scale + torch.log(slope).squeeze(-1)
-        if self.residual == "normal":
-            return x + y, softplus(log_slope), read
-        if gate is not None:
-            y = torch.sigmoid(gate) * x + torch.sigmoid(-gate) * y
-            return y, torch.logaddexp(logsigmoid(gate).expand_as(y), logsigmoid(-gate) + log_slope), read
+        y, log_slope = self._past(x, z.squeeze(-1), log_scale + torch.log(slope).squeeze(-1), gate)
         return y, log_slope, read
+
+    def _past(self, x: Tensor, y: Tensor, log_slope: Tensor, gate: Tensor | None) -> tuple[Tensor, Tensor]:
+        """The network's value and log-slope after the residual connection."""
+        if self.residual == "normal":
+            return x + y, softplus(log_slope)
+        if gate is None:
+            return y, log_slope
+        slope = torch.logaddexp(logsigmoid(gate).expand_as(log_slope), logsigmoid(-gate) + log_slope)
+        return torch.sigmoid(gate) * x + torch.sigmoid(-gate) * y, slope
+
+    def _bracket(self, y: Tensor, at_zero: Tensor, layers: list[_Layer], gate: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Where the root must lie: an activation's slope is in ``[LEAK, 1]``, so that of the network has bounds."""
+        steepest = torch.ones_like(layers[0].gain[..., :1])
+        log_scale = torch.zeros_like(y)
+        for layer in layers:
+            steepest = layer.gain * torch.einsum("koi,...ki->...ko", layer.own, steepest)
+            top = steepest.amax(-1, keepdim=True)
+            steepest, log_scale = steepest / top, log_scale + torch.log(top).squeeze(-1)
+        flattest = log_scale + (len(layers) - 1) * math.log(LEAK)
+        gap = y - at_zero
+        ends = [gap * torch.exp(-self._past(y, y, slope, gate)[1]) for slope in (log_scale, flattest)]
+        return (
+            torch.minimum(*ends).nan_to_num(-torch.inf, torch.inf, -torch.inf),
+            torch.maximum(*ends).nan_to_num(torch.inf, torch.inf, -torch.inf),
+        )
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """One pass of the network."""
@@ -239,7 +260,12 @@ class BlockAutoregressive(FlowTransform):
             ) -> tuple[Tensor, Tensor]:
                 return self._rise(x, blocks, gate, lambda n, _: steering[n])[:2]
 
-            root = monotone_root(along, target)
+            with torch.no_grad():
+                low, high = self._bracket(target, along(torch.zeros_like(target))[0], blocks, gate)
+            # Terms of the order of one are added up, so a value has no digits below some eps (1 + |y|).
+            start = torch.minimum(torch.maximum(target, low), high)
+            tol = 32 * torch.finfo(dtype).eps
+            root = monotone_root(along, target, start=start, bracket=(low, high), tol=tol)
             found.append(root.x)
             log_slopes.append(root.log_slope)
             _, _, read = self._rise(root.x, blocks, gate, lambda n, _, steering=steering: steering[n])  # type: ignore[misc]

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from math import prod
 from typing import Any
 
-from torch import Tensor
+import torch
 
 from pyroflows.errors import OptionError
 from pyroflows.transforms.base import FlowTransform, Reshaped, with_variants
@@ -277,7 +277,7 @@ def spline_coupling(
 
 def permute(
     input_dim: int | Sequence[int],
-    permutation: Tensor | Sequence[int] | str | None = None,
+    permutation: torch.Tensor | Sequence[int] | str | None = None,
     dim: int = -1,
     *,
     context_dim: int = 0,
