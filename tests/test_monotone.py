@@ -379,12 +379,12 @@ def test_D15_samples_of_a_gaussianization_flow_follow_its_density():
     with torch.no_grad():
         for parameter in flow.parameters():
             parameter.add_(0.7 * torch.randn(parameter.shape, generator=generator))
-    y = torch.linspace(-300, 300, 400001).unsqueeze(-1)
+    y = torch.linspace(-100, 100, 200001).unsqueeze(-1)
     with torch.no_grad():
         density = torch.exp(flow().log_prob(y))
         samples = flow().sample((4000,)).squeeze(-1)
     step = float(y[1, 0] - y[0, 0])
-    cdf = density.cumsum(0) * step
+    cdf = density.double().cumsum(0) * step
     assert float(cdf[-1]) == pytest.approx(1, abs=1e-3)
     rank = np.interp(samples.numpy(), y.squeeze(-1).numpy(), cdf.numpy())
     assert stats.kstest(rank, "uniform").pvalue > 1e-3

@@ -13,10 +13,13 @@ Each function takes ``c`` ``[..., H]``, the logarithms of weights that sum to on
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import elu, log_softmax, logsigmoid
+
+from pyroflows.numerics.modes import is_plainly_eager
 
 __all__ = ["elu_mean", "leaky_relu_mean", "logistic_mean", "normal_mean"]
 
@@ -24,11 +27,77 @@ LEAK = 0.01
 """The slope of the leaky rectifier below zero."""
 
 
+class _Tail(NamedTuple):
+    """A logistic mean, and what its derivatives are made of."""
+
+    y: Tensor
+    log_slope: Tensor
+    sign: Tensor  # 1 where the lower tail is the smaller one, -1 where the upper is
+    tail: Tensor  # the probability of that tail, at most about one half
+    share: Tensor  # of each term in it
+    slope_share: Tensor  # of each term in the slope
+    past: Tensor  # sigma(-z), z being c or, for the upper tail, -c
+
+
+def _logistic_tail(c: Tensor, log_w: Tensor, log_a: Tensor) -> _Tail:
+    # All from the logarithm of the smaller tail; the other one is near 1, and log1p is exact there.
+    with torch.no_grad():
+        upper = (torch.exp(log_w) * torch.sigmoid(c)).sum(-1, keepdim=True) > 0.5
+        sign = torch.where(upper, -torch.ones_like(c[..., :1]), 1.0)
+    z = sign * c
+    log_s = logsigmoid(z)
+    log_past = log_s - z
+    terms = log_w + log_s
+    largest = terms.detach().amax(-1, keepdim=True)
+    terms = terms - largest
+    shares = torch.exp(terms)
+    total = shares.sum(-1, keepdim=True)
+    slopes = terms + log_past + log_a
+    steepest = slopes.detach().amax(-1, keepdim=True)
+    slopes = torch.exp(slopes - steepest)
+    slope = slopes.sum(-1, keepdim=True)
+    log_total = torch.log(total)
+    log_tail = largest + log_total
+    tail = torch.exp(log_tail)
+    log_rest = torch.log1p(-tail)
+    y = sign * (log_tail - log_rest)
+    log_slope = steepest + torch.log(slope) - log_total - log_rest
+    return _Tail(y.squeeze(-1), log_slope.squeeze(-1), sign, tail, shares / total, slopes / slope, torch.exp(log_past))
+
+
+class _LogisticMean(torch.autograd.Function):
+    """`logistic_mean` with written-out first derivatives; second ones go through the plain operations."""
+
+    @staticmethod
+    def forward(ctx: Any, c: Tensor, log_w: Tensor, log_a: Tensor) -> tuple[Tensor, Tensor]:
+        y, log_slope, *rest = _logistic_tail(c, log_w, log_a)
+        ctx.save_for_backward(c, log_w, log_a, *rest)
+        return y, log_slope
+
+    @staticmethod
+    def backward(ctx: Any, by_y: Tensor, by_log_slope: Tensor) -> tuple[Tensor | None, ...]:
+        c, log_w, log_a, sign, tail, share, slope_share, past = ctx.saved_tensors
+        if torch.is_grad_enabled():
+            # Aliases: c may itself depend on log_w or log_a, and that way is not ours to follow.
+            inputs = [value.view_as(value) for value in (c, log_w, log_a)]
+            wanted = [i for i, needed in enumerate(ctx.needs_input_grad) if needed]
+            outputs = _logistic_tail(*inputs)[:2]
+            grads = torch.autograd.grad(outputs, [inputs[i] for i in wanted], (by_y, by_log_slope), create_graph=True)
+            return tuple(dict(zip(wanted, grads, strict=True)).get(i) for i in range(3))
+        by_y, by_log_slope = by_y.unsqueeze(-1), by_log_slope.unsqueeze(-1)
+        by_log_tail = (sign * by_y - (1 - 2 * tail) * by_log_slope) / (1 - tail)
+        by_share, by_slopes = share * by_log_tail, slope_share * by_log_slope
+        by_c = sign * torch.addcmul(-by_slopes, past, by_share + 2 * by_slopes)
+        by_log_w = (by_share + by_slopes).sum_to_size(log_w.shape)
+        return by_c.sum_to_size(c.shape), by_log_w, by_slopes.sum_to_size(log_a.shape)
+
+
 def logistic_mean(c: Tensor, log_w: Tensor, log_a: Tensor) -> tuple[Tensor, Tensor]:
     r"""The mean with :math:`\psi = 1 / (1 + e^{-c})`: the logit of a mixture of logistic distribution functions.
 
-    With the shares :math:`p_h \propto w_h \sigma(c_h)` and :math:`q_h \propto w_h \sigma(-c_h)` the slope is
-    :math:`\sum_h a_h (p_h \sigma(-c_h) + q_h \sigma(c_h))`.
+    With :math:`P = \sum_h w_h \sigma(z_h)` the smaller tail (:math:`z = c` for the lower, :math:`-c` for the upper),
+    :math:`y = \pm \operatorname{logit} P`, and with the shares :math:`p_h = w_h \sigma(z_h) / P` of the terms in it the
+    slope is :math:`\sum_h a_h p_h \sigma(-z_h) / (1 - P)`.
 
     Args:
         c: the values ``[..., H]``.
@@ -40,11 +109,9 @@ def logistic_mean(c: Tensor, log_w: Tensor, log_a: Tensor) -> tuple[Tensor, Tens
         >>> logistic_mean(c, torch.full((2,), -0.6931), torch.zeros(2))[0]
         tensor(1.0000e+20)
     """
-    both = logsigmoid(torch.stack([c, -c]))  # of one tail and of the other
-    terms = log_w + both
-    tails = torch.logsumexp(terms, -1)
-    log_slope = torch.logsumexp(log_a + log_softmax(terms, -1) + both.flip(0), (0, -1))
-    return tails[0] - tails[1], log_slope
+    if is_plainly_eager():
+        return _LogisticMean.apply(c, log_w, log_a)
+    return _logistic_tail(c, log_w, log_a)[:2]
 
 
 def elu_mean(c: Tensor, log_w: Tensor, log_a: Tensor) -> tuple[Tensor, Tensor]:
