@@ -255,7 +255,7 @@ def test_the_bernstein_polynomial_is_scipys():
 
 def test_gauss_legendre_is_exact_to_its_degree_and_no_further():
     x = torch.tensor(1.7, dtype=torch.float64)
-    nodes, weights = gauss_legendre(3, x)
+    nodes, weights = (x.new_tensor(part) for part in gauss_legendre(3))
     table = powers(x * nodes, 6)
     integrals = x * (weights.unsqueeze(-1) * table).sum(0)
     want = x ** torch.arange(1, 8) / torch.arange(1, 8)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import numpy as np
 import torch
 from torch import Tensor
@@ -11,31 +9,24 @@ from torch import Tensor
 __all__ = ["gauss_legendre", "powers"]
 
 
-@cache
-def _rule(nodes: int) -> tuple[list[float], list[float]]:
-    where, weights = np.polynomial.legendre.leggauss(nodes)
-    return ((where + 1) / 2).tolist(), (weights / 2).tolist()
-
-
-def gauss_legendre(nodes: int, like: Tensor) -> tuple[Tensor, Tensor]:
+def gauss_legendre(nodes: int) -> tuple[list[float], list[float]]:
     r"""Nodes :math:`\xi_i` and weights :math:`\omega_i` with :math:`\int_0^x g \approx x \sum_i \omega_i g(x \xi_i)`.
 
     Exact for polynomials of degree ``2 nodes - 1``.
 
     Args:
         nodes: how many nodes.
-        like: the result has its dtype and device.
 
     Returns:
-        Nodes in (0, 1) and weights, ``[nodes]`` each.
+        Nodes in (0, 1) and weights, as plain numbers: a layer computes them once.
 
     Example:
-        >>> xi, omega = gauss_legendre(2, torch.zeros(()))
-        >>> (2.0 * (omega * (2.0 * xi) ** 3).sum()).round(decimals=4)  # x^4 / 4 at 2
+        >>> xi, omega = map(torch.tensor, gauss_legendre(2))
+        >>> 2.0 * (omega * (2.0 * xi) ** 3).sum().round(decimals=4)  # x^4 / 4 at 2
         tensor(4.)
     """
-    where, weights = _rule(nodes)
-    return like.new_tensor(where), like.new_tensor(weights)
+    where, weights = np.polynomial.legendre.leggauss(nodes)
+    return ((where + 1) / 2).tolist(), (weights / 2).tolist()
 
 
 def powers(x: Tensor, highest: int) -> Tensor:

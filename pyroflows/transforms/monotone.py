@@ -28,6 +28,12 @@ MIN_SLOPE = 1e-3
 """The smallest slope of a polynomial map: part of the map, so that its log-slope is exact."""
 
 
+def _rule(nodes: int) -> tuple[list[float], list[float]]:
+    """A quadrature rule whose last node, of no weight, is the end itself: the slope comes with the integral."""
+    where, weights = gauss_legendre(nodes)
+    return [*where, 1.0], weights
+
+
 class _OnInterval(NumericMap):
     """A map that is free on ``[-bound, bound]`` and has straight tails; slope and value are continuous."""
 
@@ -100,6 +106,7 @@ class UnconstrainedMonotonic(_OnInterval):
         self.hidden_units = hidden_units
         self.params = 3 * hidden_units + 2
         self.offsets = [3 * ((2 * h + 1) / hidden_units - 1) for h in range(hidden_units)]
+        self.rules = _rule(40), _rule(56)
 
     def _inside(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         units = self.hidden_units
@@ -109,8 +116,7 @@ class UnconstrainedMonotonic(_OnInterval):
         b = offsets + params.new_tensor(self.offsets)
         size = 1 + units / self.amplitude**2 * heights.square().sum(-1, keepdim=True)
         v = heights * torch.rsqrt(size)  # sum |v| <= sqrt(units) |v| < amplitude
-        nodes, weights = gauss_legendre(56 if x.dtype == torch.float64 else 40, x)
-        nodes = torch.cat([nodes, torch.ones_like(nodes[:1])])  # the last is x itself
+        nodes, weights = (x.new_tensor(part) for part in self.rules[x.dtype == torch.float64])
         hidden = torch.tanh((a * x.unsqueeze(-1)).unsqueeze(-1) * nodes + b.unsqueeze(-1))
         log_g = (v.unsqueeze(-2) @ hidden).squeeze(-2) + bounded_log_scale(raw_scale, self.max_log_slope).unsqueeze(-1)
         return shift + x * (torch.exp(log_g[..., :-1]) @ weights), log_g[..., -1]
@@ -143,6 +149,7 @@ class SumOfSquares(_OnInterval):
             raise OptionError(f"expected integers 0 <= degree <= 16 and sums >= 1, got {degree!r} and {sums!r}.")
         self.degree, self.sums = degree, sums
         self.params = sums * (degree + 1) + 1
+        self.rule = _rule(degree + 1)
         # One square is the constant; a trace of another power in each other one gives each a gradient of its own.
         start = [[0.0] * (degree + 1) for _ in range(sums)]
         start[0][0] = math.sqrt(1 - MIN_SLOPE)
@@ -152,8 +159,7 @@ class SumOfSquares(_OnInterval):
 
     def _inside(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         shift, coefficients = params[..., 0], params[..., 1:] + params.new_tensor(self.start)
-        nodes, weights = gauss_legendre(self.degree + 1, x)
-        nodes = torch.cat([nodes, torch.ones_like(nodes[:1])])  # the last is x itself
+        nodes, weights = (x.new_tensor(part) for part in self.rule)
         terms = coefficients.unflatten(-1, (self.sums, -1)) * powers(x / self.bound, self.degree).unsqueeze(-2)
         slopes = MIN_SLOPE + (terms @ powers(nodes, self.degree).mT).square().sum(-2)
         return shift + x * (slopes[..., :-1] @ weights), torch.log(slopes[..., -1])
