@@ -234,8 +234,10 @@ class Autoregressive(_Mapped):
         """One pass of the network."""
         self.check_width(x, self.input_dim)
         self.check_context(context)
-        params = self.net(x, context if self.context_dim else None).to(x.dtype)
-        y, log_slope = self.map.forward(x, params)
+        return self._pass(x, context if self.context_dim else None)
+
+    def _pass(self, x: Tensor, context: Tensor | None) -> tuple[Tensor, Tensor]:
+        y, log_slope = self.map.forward(x, self.net(x, context).to(x.dtype))
         return y, sum_last(log_slope)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -254,8 +256,10 @@ class Autoregressive(_Mapped):
             return self._unroll(y, context)
         if not all(isinstance(t, nn.Parameter) for t in tensors):
             return self._by_passes(y, context)  # what stands in for a parameter may be gone when gradients are due
-        x = _Implicit.apply(self, self._unroll(y, context)[0], y, context, *tensors)
-        return x, -self.forward_and_log_det(x, context)[1]
+        x, log_det = self._unroll(y, context)
+        x = _Implicit.apply(self, x, y, context, *tensors)
+        _, opposite = self._pass(x, context)
+        return x, log_det - (opposite - opposite.detach())  # the same number with a gradient as without
 
     def _rows(self, context: Tensor | None, *values: Tensor) -> tuple[torch.Size, Tensor | None, list[Tensor]]:
         """The joint batch shape, and everything as rows of it."""
@@ -330,7 +334,7 @@ class _Implicit(torch.autograd.Function):
         by_tensors: list[Tensor | None] = [None] * (len(needed) - 1)
         if any(needed[1:]):
             with torch.enable_grad():
-                image, _ = ctx.layer.forward_and_log_det(x, context)
+                image, _ = ctx.layer._pass(x, context)
             by_tensors = _gradients(image, [context, *tensors], needed[1:], -solved, again=False)
         return None, None, solved.sum_to_size(y.shape), *by_tensors
 
