@@ -104,7 +104,7 @@ def test_linear_spline_is_the_interpolation_of_its_knots():
     assert len(inside.unique()) == BINS  # one slope a bin
     tail, log_tail = spline.forward(torch.tensor([-5.0, 7.0], dtype=torch.float64), params)
     slopes = np.exp(math.log(1e3) * np.tanh(ends / math.log(1e3)))
-    np.testing.assert_allclose(tail, [-BOUND - 2 * slopes[0], BOUND + 4 * slopes[1]], rtol=1e-14)
+    np.testing.assert_allclose(tail, [-BOUND - (5 - BOUND) * slopes[0], BOUND + (7 - BOUND) * slopes[1]], rtol=1e-14)
     np.testing.assert_allclose(log_tail.exp(), slopes, rtol=1e-14)
 
 
@@ -129,7 +129,7 @@ def test_quadratic_spline_is_the_integral_of_its_slopes(tails):
     np.testing.assert_allclose(y, integral, atol=1e-12)
     np.testing.assert_allclose(log_slope[1:-1].exp(), density[1:-1], rtol=1e-11)
     tail, log_tail = spline.forward(torch.tensor([-5.0, 7.0], dtype=torch.float64), params)
-    np.testing.assert_allclose(tail, [-BOUND - 2 * slopes[0], BOUND + 4 * slopes[-1]], rtol=1e-12)
+    np.testing.assert_allclose(tail, [-BOUND - (5 - BOUND) * slopes[0], BOUND + (7 - BOUND) * slopes[-1]], rtol=1e-12)
     np.testing.assert_allclose(log_tail.exp(), slopes[[0, -1]], rtol=1e-12)
 
 

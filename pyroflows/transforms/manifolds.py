@@ -22,7 +22,7 @@ from torch.distributions import ComposeTransform, biject_to, constraints, transf
 from pyroflows.errors import OptionError, ShapeError
 from pyroflows.nets import MLP, Activation
 from pyroflows.nets.mlp import check_widths
-from pyroflows.numerics import monotone_root, rational_quadratic
+from pyroflows.numerics import bounded_log_scale, monotone_root, rational_quadratic
 from pyroflows.transforms.base import FlowTransform, with_variants
 from pyroflows.transforms.maps import NumericMap, UnivariateMap
 from pyroflows.transforms.splines import SplineMap
@@ -61,11 +61,17 @@ def wrap_angle(angle: Tensor) -> Tensor:
 # --- maps of the circle ----------------------------------------------------------------------------------
 
 
+MAX_LOG_RATIO = 3.0
+"""The bound of the raw numbers of a circular spline."""
+
+
 class CircularSpline(SplineMap):
     r"""A rational-quadratic spline of the circle, turned by an angle: :math:`y = g(x) + t` modulo :math:`2\pi`.
 
     The spline :math:`g` maps :math:`[-\pi, \pi]` onto itself with the same slope at both ends, so the density is
-    continuous where they meet.
+    continuous where they meet. The raw numbers are bounded, so that slopes at knots lie between 1/20 and 20, and bins
+    differ by a factor of 400 at most: what a steep layer loses to rounding, the next ones of a bounded space would
+    scatter over all of it.
 
     Args:
         bins: the number of bins, 2 to 500.
@@ -83,7 +89,8 @@ class CircularSpline(SplineMap):
 
     def spline(self, value: Tensor, *raw: Tensor, inverse: bool) -> tuple[Tensor, Tensor]:
         """The spline after the turn back, or before the turn."""
-        widths, heights, slopes, turn = raw
+        widths, heights, slopes = (bounded_log_scale(part, MAX_LOG_RATIO) for part in raw[:3])
+        turn = raw[3]
         slopes = torch.cat([slopes, slopes[..., :1]], -1)
         turn = wrap_angle(turn[..., 0])  # so that a large one costs no digits of the sum
         value = wrap_angle(value - turn if inverse else value)
