@@ -21,6 +21,7 @@ __all__ = [
     "NonFiniteLoss",
     "NotNumeric",
     "NotRebuildable",
+    "NotReparametrized",
     "OptionError",
     "OutsideSupport",
     "PluginBlocked",
@@ -54,6 +55,10 @@ class ShapeError(PyroflowsError, ValueError):
 
 class ContextError(PyroflowsError, ValueError):
     """A context is missing, unexpected, or of the wrong width."""
+
+
+class NotReparametrized(PyroflowsError, NotImplementedError):
+    """A distribution has no samples that can be differentiated."""
 
 
 class InverseNotConverged(PyroflowsError, RuntimeError):

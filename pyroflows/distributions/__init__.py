@@ -13,6 +13,7 @@ from pyroflows.distributions.images import (
     realnvp_image,
 )
 from pyroflows.distributions.manifolds import ncsf, sphere, uniform_angles, von_mises_angles
+from pyroflows.distributions.mixture import Mixture, MixtureDistribution, mixture
 from pyroflows.distributions.monotone import bpf, gaussianization, naf, sospf, unaf
 from pyroflows.distributions.recipes import iaf, maf, nice, nsf, planar, radial, realnvp, sylvester
 
@@ -21,6 +22,8 @@ __all__ = [
     "Dequantized",
     "Flow",
     "FlowDistribution",
+    "Mixture",
+    "MixtureDistribution",
     "PixelDistribution",
     "Standardize",
     "bits_per_dim",
@@ -32,6 +35,7 @@ __all__ = [
     "iaf",
     "logit_interval",
     "maf",
+    "mixture",
     "naf",
     "ncsf",
     "nice",

@@ -8,13 +8,13 @@ from typing import Any
 import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
-from torch.distributions import biject_to, constraints
+from torch.distributions import constraints
 
 from pyroflows.distributions.base import Base
-from pyroflows.distributions.support import Support, as_constraint, describe, is_real, restore
+from pyroflows.distributions.support import Onto, Support, as_constraint, describe, is_real, onto, restore
 from pyroflows.errors import ContextError, OptionError, ShapeError
 from pyroflows.numerics import sum_last
-from pyroflows.transforms import Compose, FlowTransform, Wrapped
+from pyroflows.transforms import Compose, FlowTransform
 
 __all__ = ["Flow", "FlowDistribution", "Standardize"]
 
@@ -52,11 +52,12 @@ class FlowDistribution(dist.TransformedDistribution):
         return self.transforms[0] if len(self.transforms) == 1 else Compose(self.transforms)
 
     def _score(self, x: Tensor, log_det: Tensor) -> Tensor:
-        event_dim = len(self.event_shape)
+        transform = self._transform  # a matrix has one dimension more than the vector that it is made of
+        event_dim = len(self.event_shape) + transform.domain.event_dim - transform.codomain.event_dim
         base_dim = len(self.base_dist.event_shape)
         base = self.base_dist.log_prob(x) if x.numel() else sum_last(x, base_dim)  # Independent needs a row
         log_prob = sum_last(base, event_dim - base_dim)
-        return log_prob + sum_last(log_det, event_dim - self._transform.domain.event_dim)
+        return log_prob + sum_last(log_det, event_dim - transform.domain.event_dim)
 
 
 class Standardize(FlowTransform):
@@ -200,16 +201,10 @@ class Flow(nn.Module):
         if self.chart is not None:
             parts.append(self.chart)
         if constraint is not None:
-            try:
-                to_support = Wrapped(biject_to(constraint), constraint)
-            except NotImplementedError as error:
-                raise OptionError(f"no bijection onto the support {constraint} is known to torch.") from error
-            columns = sum(getattr(constraint, "lengths", ())) or self.input_dim
-            if columns != self.input_dim:
-                raise OptionError(f"the support names {columns} columns and the flow has {self.input_dim}.")
-            parts.append(to_support)
+            parts.append(onto(constraint, self.event_shape))
         self._declared = constraint
-        self.transform = Compose(parts)
+        deeper = parts[-1].codomain.event_dim > parts[0].domain.event_dim and constraint is not None
+        self.transform = Onto(parts) if deeper else Compose(parts)
         self._support = self.transform.codomain
 
     def restore_support(self, description: Any) -> None:

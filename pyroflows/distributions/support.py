@@ -155,7 +155,7 @@ class Onto(Compose):
         self.domain, self.codomain = self[0].domain, self[len(self) - 1].codomain
 
     def _total(self, terms: Any) -> Tensor:
-        return sum(log_det for _, log_det in terms)  # type: ignore[return-value]
+        return sum(log_det for _, log_det in terms)
 
     def condition(self, context: Tensor) -> FlowTransform:
         """Each part at the context: as one, its batch would be taken for a dimension of the matrix."""

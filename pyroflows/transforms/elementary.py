@@ -29,8 +29,8 @@ from pyro.distributions.transforms import (
     OrderedTransform,
     SoftplusLowerCholeskyTransform,
     SoftplusTransform,
-    UnitLowerCholeskyTransform,
 )
+from pyro.distributions.transforms.unit_cholesky import UnitLowerCholeskyTransform
 from torch import Tensor
 from torch.distributions.transforms import (
     AbsTransform,
@@ -104,7 +104,7 @@ __all__ = [
 ]
 
 
-class ELUTransform(theirs.ELUTransform):  # type: ignore[misc]
+class ELUTransform(theirs.ELUTransform):
     r"""The exponential linear unit, :math:`x` above zero and :math:`e^x - 1` below.
 
     Pyro's has the positive numbers for a codomain, where it is :math:`(-1, \infty)`, and an inverse that is off by an
@@ -118,15 +118,15 @@ class ELUTransform(theirs.ELUTransform):  # type: ignore[misc]
 
     codomain = constraints.greater_than(-1.0)
 
-    def _inverse(self, y: Tensor) -> Tensor:
-        return torch.where(y > 0, y, torch.log1p(y.clamp(max=0)))
+    def _inverse(self, y: Tensor, eps: float = 0.0) -> Tensor:
+        return torch.where(y > 0, y, torch.log1p(y.clamp(max=0) + eps))
 
     def log_abs_det_jacobian(self, x: Tensor, y: Tensor) -> Tensor:
         """``min(x, 0)``."""
         return x.clamp(max=0)
 
 
-class LowerCholeskyAffine(theirs.LowerCholeskyAffine):  # type: ignore[misc]
+class LowerCholeskyAffine(theirs.LowerCholeskyAffine):
     r"""A fixed triangular map, :math:`y = L x + r`, for one matrix or a batch of them.
 
     Pyro's takes the log-det of one matrix only.
@@ -174,7 +174,7 @@ class LowerCholeskyAffine(theirs.LowerCholeskyAffine):  # type: ignore[misc]
     inverse_shape = forward_shape
 
 
-class PositivePowerTransform(theirs.PositivePowerTransform):  # type: ignore[misc]
+class PositivePowerTransform(theirs.PositivePowerTransform):
     r"""A signed power, :math:`y = \operatorname{sgn}(x) |x|^p`.
 
     Pyro's log-det is NaN at zero; here it is the limit.
@@ -197,7 +197,7 @@ class PositivePowerTransform(theirs.PositivePowerTransform):  # type: ignore[mis
         return type(self)(self.exponent, cache_size=cache_size)
 
 
-class SimplexToOrderedTransform(theirs.SimplexToOrderedTransform):  # type: ignore[misc]
+class SimplexToOrderedTransform(theirs.SimplexToOrderedTransform):
     r"""Cutpoints of the shares of ordered categories: :math:`y_i = \operatorname{logit}(x_0 + \ldots + x_i) + a`.
 
     Pyro's does not say that it is bijective, and its log-det leaves out the anchor :math:`a`.
@@ -217,12 +217,12 @@ class SimplexToOrderedTransform(theirs.SimplexToOrderedTransform):  # type: igno
         return super().log_abs_det_jacobian(x, y - self.anchor_point.unsqueeze(-1))
 
     def __eq__(self, other: object) -> bool:
-        return type(self) is type(other) and torch.equal(self.anchor_point, other.anchor_point)  # type: ignore[attr-defined]
+        return type(self) is type(other) and torch.equal(self.anchor_point, other.anchor_point)
 
     __hash__ = None  # type: ignore[assignment]
 
 
-class DiscreteCosineTransform(theirs.DiscreteCosineTransform):  # type: ignore[misc]
+class DiscreteCosineTransform(theirs.DiscreteCosineTransform):
     """The discrete cosine transform along one dimension, of determinant one.
 
     Pyro's keeps its weights in the dtype and on the device of the first tensor that it saw.

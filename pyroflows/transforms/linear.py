@@ -38,10 +38,11 @@ def as_permutation(permutation: str | Sequence[int] | Tensor, size: int) -> Tens
         tensor([2, 1, 0])
     """
     if isinstance(permutation, str):
-        named = {"identity": torch.arange, "reverse": lambda n: torch.arange(n).flip(0), "random": torch.randperm}
-        if permutation not in named:
-            raise OptionError(f'expected "identity", "reverse", "random" or a sequence, got {permutation!r}.')
-        return named[permutation](size)
+        if permutation == "random":
+            return torch.randperm(size)
+        if permutation in ("identity", "reverse"):
+            return torch.arange(size) if permutation == "identity" else torch.arange(size).flip(0)
+        raise OptionError(f'expected "identity", "reverse", "random" or a sequence, got {permutation!r}.')
     order = torch.as_tensor(permutation, dtype=torch.long)
     if order.dim() != 1 or len(order) != size or (not order.is_meta and sorted(order.tolist()) != list(range(size))):
         raise OptionError(f"expected a permutation of 0 .. {size - 1}, got {order.tolist()}.")
@@ -200,8 +201,8 @@ class LULinear(Linear):
     ) -> None:
         square = torch.zeros(input_dim, input_dim)
         initial = {"lower": square, "upper": square, "diagonal": torch.zeros(input_dim)}
-        super().__init__(input_dim, context_dim=context_dim, bias=bias, **network, **initial)
-        self.permuted = permutation != "identity"
+        super().__init__(input_dim, initial, context_dim=context_dim, bias=bias, **network)
+        self.permuted = not isinstance(permutation, str) or permutation != "identity"
         if self.permuted:
             self.register_buffer("permutation", as_permutation(permutation, input_dim))
             self.register_buffer("back", torch.argsort(self.permutation))
@@ -268,7 +269,7 @@ class QRLinear(Linear):
             "upper": torch.zeros(input_dim, input_dim),
             "diagonal": torch.zeros(input_dim),
         }
-        super().__init__(input_dim, context_dim=context_dim, bias=bias, **network, **initial)
+        super().__init__(input_dim, initial, context_dim=context_dim, bias=bias, **network)
         self.register_buffer("identity", torch.eye(input_dim))
 
     def factors(self, raw: Mapping[str, Tensor]) -> Sequence[Factor]:
@@ -316,7 +317,7 @@ class SVDLinear(Linear):
             "diagonal": torch.zeros(input_dim),
             "right": normals_of_identity(input_dim, reflections),
         }
-        super().__init__(input_dim, context_dim=context_dim, bias=bias, **network, **initial)
+        super().__init__(input_dim, initial, context_dim=context_dim, bias=bias, **network)
         self.register_buffer("identity", torch.eye(input_dim))
 
     def factors(self, raw: Mapping[str, Tensor]) -> Sequence[Factor]:
@@ -363,7 +364,7 @@ class TriangularLinear(Linear):
         if triangle not in ("lower", "upper"):
             raise OptionError(f'triangle must be "lower" or "upper", got {triangle!r}.')
         initial = {"entries": torch.zeros(input_dim, input_dim), "diagonal": torch.zeros(input_dim)}
-        super().__init__(input_dim, context_dim=context_dim, bias=bias, **network, **initial)
+        super().__init__(input_dim, initial, context_dim=context_dim, bias=bias, **network)
         self.triangle = triangle
 
     def factors(self, raw: Mapping[str, Tensor]) -> Sequence[Factor]:
@@ -409,7 +410,7 @@ class LowRankLinear(Linear):
             "u": torch.zeros(rank, input_dim),
             "v": torch.randn(rank, input_dim),
         }
-        super().__init__(input_dim, context_dim=context_dim, bias=bias, **network, **initial)
+        super().__init__(input_dim, initial, context_dim=context_dim, bias=bias, **network)
 
     def factors(self, raw: Mapping[str, Tensor]) -> Sequence[Factor]:
         """The diagonal, and each step of rank one."""

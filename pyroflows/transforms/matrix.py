@@ -51,28 +51,27 @@ class Linear(FlowTransform):
 
     Args:
         input_dim: the number of coordinates, :math:`D`.
+        initial: the starting value of each parameter of the factors.
         context_dim: the width of the context; with one, a network gives all parameters.
         bias: whether :math:`b` is learned; zero otherwise.
         hidden_dims: the hidden widths of the network that reads the context.
         activation: its activation.
-        **initial: the starting value of each parameter of the factors.
     """
 
     def __init__(
         self,
         input_dim: int,
+        initial: Mapping[str, Tensor],
         *,
         context_dim: int = 0,
         bias: bool = True,
         hidden_dims: Sequence[int] = (128, 128),
         activation: Activation = "relu",
-        **initial: Tensor,
     ) -> None:
         super().__init__(context_dim)
         self.input_dim = input_dim
-        if bias:
-            initial["bias"] = torch.zeros(input_dim)
-        self.declare_parameters(hidden_dims=hidden_dims, activation=activation, **initial)
+        shift = {"bias": torch.zeros(input_dim)} if bias else {}
+        self.declare_parameters(hidden_dims=hidden_dims, activation=activation, **initial, **shift)
 
     dense = True  # whether one matrix for all rows is better multiplied out than applied factor by factor
 
@@ -204,7 +203,7 @@ class Orthogonal(Linear):
             initial = {"normals": self._first_normals(input_dim, reflections)}
         else:
             initial = {"raw": torch.zeros(input_dim, input_dim)}
-        super().__init__(input_dim, context_dim=context_dim, bias=bias, **network, **initial)
+        super().__init__(input_dim, initial, context_dim=context_dim, bias=bias, **network)
         self.kind = kind
         self.register_buffer("identity", torch.eye(input_dim))
 
@@ -314,9 +313,8 @@ class MatrixExponential(Linear):
         bound = 3.0 if bound is None else float(bound)
         if not bound > 0 or not iterations > 0:
             raise OptionError(f"expected bound > 0 and iterations > 0, got {bound} and {iterations}.")
-        super().__init__(
-            input_dim, context_dim=context_dim, bias=bias, raw=torch.zeros(input_dim, input_dim), **network
-        )
+        initial = {"raw": torch.zeros(input_dim, input_dim)}
+        super().__init__(input_dim, initial, context_dim=context_dim, bias=bias, **network)
         self.bound = bound
 
     def factors(self, raw: Mapping[str, Tensor]) -> Sequence[Factor]:

@@ -109,59 +109,70 @@ def _log_one_plus_square(value: Tensor) -> Tensor:
 
 
 class TailTransform(UnivariateMap):
-    r"""Of a normal tail, one that falls like a power: with :math:`a(z) = -\log \operatorname{erfc}(z / \sqrt 2)`,
+    r"""Of normal tails, tails that fall like a power: the identity up to a threshold :math:`\tau`, and beyond it
 
-    .. math:: y = \operatorname{sgn}(x) \sqrt{\pi / 2}\, \frac{e^{\lambda a(|x|)} - 1}{\lambda},
+    .. math::
+        y = \operatorname{sgn}(x) \Bigl(\tau + \frac{e^{\lambda (a(|x|) - a(\tau))} - 1}{\lambda\, a'(\tau)}\Bigr),
+        \qquad a(z) = -\log \operatorname{erfc}(z / \sqrt 2).
 
-    where :math:`\lambda` is the tail weight of that side: of a normal :math:`x` it makes a variable whose tails are
-    those of a Student's t with :math:`1 / \lambda` degrees of freedom. The slope at zero is one. Beyond 25 standard
-    deviations it is straight. (Hickling, Prangle 2024, arXiv:2406.16971.)
+    :math:`\lambda` is the tail weight of that side: what a normal :math:`x` is beyond :math:`\tau` becomes generalised
+    Pareto, as far out as a Student's t with :math:`1 / \lambda` degrees of freedom. The slope has no jump. With a
+    threshold of zero it is the tail transform of Hickling and Prangle (2024, arXiv:2406.16971). Beyond 25 standard
+    deviations it is straight.
 
     Args:
         start: the tail weight :math:`\lambda` at zero parameters; it stays within a factor of :math:`e^3`.
+        threshold: :math:`\tau`.
 
     Raises:
-        OptionError: ``start`` is not in ``(0, 0.1]``.
+        OptionError: ``start`` is not in ``(0, 0.1]``, or ``threshold`` not in ``[0, 8]``.
 
     Example:
-        >>> TailTransform().forward(torch.tensor([0.0, 5.0]), torch.zeros(2, 2))[0]
-        tensor([ 0.0000, 40.2167])
+        >>> TailTransform().forward(torch.tensor([1.0, 5.0]), torch.zeros(2, 2))[0]
+        tensor([ 1.0000, 10.8067])
     """
 
     params = 2
 
-    def __init__(self, start: float = 0.1) -> None:
+    def __init__(self, start: float = 0.1, threshold: float = 2.0) -> None:
         if not 0 < start <= 0.1:  # exp(2 a(25)) times 1e20 is a number that float64 can hold
             raise OptionError(f"expected 0 < start <= 0.1, got {start}.")
-        self.start = start
+        if not 0 <= threshold <= 8:
+            raise OptionError(f"expected 0 <= threshold <= 8, got {threshold}.")
+        self.start, self.threshold = start, float(threshold)
 
-    def _weight(self, side: Tensor, params: Tensor) -> Tensor:
+    def _read(self, value: Tensor, params: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The side, how far out on it, the tail weight, and the depth and the log-hazard of the threshold."""
+        side = _side(value)
         left, right = params.unbind(-1)
-        return self.start * torch.exp(bounded_log_scale(torch.where(side > 0, right, left), 3.0))
+        weight = self.start * torch.exp(bounded_log_scale(torch.where(side > 0, right, left), 3.0))
+        return side, side * value, weight, *_depth(torch.full_like(weight, self.threshold))
 
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """The formula."""
         value, params = _in_float32(x, params)
-        side = _side(value)
-        weight, z = self._weight(side, params), side * value
-        near = z.clamp(max=FARTHEST)
+        side, z, weight, depth_0, log_hazard_0 = self._read(value, params)
+        near = z.clamp(self.threshold, FARTHEST)
         depth, log_hazard = _depth(near)
-        log_slope = weight * depth + log_hazard + 0.5 * math.log(math.pi / 2)
-        y = math.sqrt(math.pi / 2) * torch.expm1(weight * depth) / weight + torch.exp(log_slope) * (z - near)
+        grown = weight * (depth - depth_0)
+        log_slope = grown + log_hazard - log_hazard_0
+        y = z.clamp(max=self.threshold) + torch.expm1(grown) / weight * torch.exp(-log_hazard_0)
+        y = y + torch.exp(log_slope) * (z - FARTHEST).clamp(min=0)
         return (side * y).to(x.dtype), log_slope
 
     def backward(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """Newton's steps for ``a(z)``, from above and so many that they have converged."""
         value, params = _in_float32(y, params)
-        side = _side(value)
-        weight = self._weight(side, params)
-        depth = torch.log1p(weight * (side * value / math.sqrt(math.pi / 2))) / weight
+        side, reached, weight, depth_0, log_hazard_0 = self._read(value, params)
+        beyond = (reached - self.threshold).clamp(min=0)
+        depth = depth_0 + torch.log1p(weight * torch.exp(log_hazard_0) * beyond) / weight
         deepest, log_hazard = _depth(torch.full_like(depth, FARTHEST))
         inside = torch.minimum(depth, deepest)
-        excess = torch.expm1(weight * (depth - inside)) / weight * torch.exp(-log_hazard)
         z = _from_depth(inside)
-        log_slope = weight * inside + _depth(z)[1] + 0.5 * math.log(math.pi / 2)
-        return (side * (z + excess)).to(y.dtype), -log_slope
+        log_slope = weight * (inside - depth_0) + _depth(z)[1] - log_hazard_0
+        x = reached.clamp(max=self.threshold) + (z - self.threshold)
+        x = x + torch.expm1(weight * (depth - inside)) / weight * torch.exp(-log_hazard)
+        return (side * x).to(y.dtype), -log_slope
 
 
 def _depth(z: Tensor) -> tuple[Tensor, Tensor]:
