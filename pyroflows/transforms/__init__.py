@@ -25,18 +25,16 @@ from pyroflows.transforms.conditional import (
 )
 from pyroflows.transforms.dropin import (
     AffineAutoregressive,
-    AffineCoupling,
     ClippedAffine,
     ConditionalAffineAutoregressive,
-    ConditionalAffineCoupling,
     ConditionalNeuralAutoregressive,
     ConditionalSplineAutoregressive,
     NeuralAutoregressive,
     Polynomial,
     Spline,
     SplineAutoregressive,
-    SplineCoupling,
 )
+from pyroflows.transforms.dropin_coupling import AffineCoupling, ConditionalAffineCoupling, SplineCoupling
 from pyroflows.transforms.elementary import (
     AbsTransform,
     AffineTransform,

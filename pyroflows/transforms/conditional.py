@@ -10,7 +10,8 @@ from typing import Any
 
 from pyroflows.transforms.base import FlowTransform
 from pyroflows.transforms.block import BlockAutoregressive
-from pyroflows.transforms.dropin import Spline, SplineCoupling
+from pyroflows.transforms.dropin import Spline
+from pyroflows.transforms.dropin_coupling import SplineCoupling
 from pyroflows.transforms.lemma import Planar, Radial, Sylvester
 from pyroflows.transforms.matrix import Householder, MatrixExponential
 from pyroflows.transforms.named import (

@@ -16,7 +16,8 @@ import torch
 from pyroflows.errors import OptionError
 from pyroflows.transforms.base import FlowTransform, Reshaped, with_variants
 from pyroflows.transforms.block import BlockAutoregressive
-from pyroflows.transforms.dropin import ClippedAffine, Spline, SplineCoupling
+from pyroflows.transforms.dropin import ClippedAffine, Spline
+from pyroflows.transforms.dropin_coupling import SplineCoupling
 from pyroflows.transforms.lemma import Planar, Radial, Sylvester
 from pyroflows.transforms.linear import Permutation, as_permutation
 from pyroflows.transforms.maps import Additive, Affine
