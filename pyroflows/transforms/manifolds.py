@@ -416,7 +416,9 @@ class EqualArea(FlowTransform):
         return torch.Size((*shape[:-1], shape[-1] - 1))
 
 
-@biject_to.register(_Sphere)
-@transform_to.register(_Sphere)
 def _to_sphere(sphere: _Sphere) -> ComposeTransform:
     return ComposeTransform([biject_to(TORUS), EqualArea(sphere.dim)])
+
+
+biject_to.register(_Sphere, _to_sphere)
+transform_to.register(_Sphere, _to_sphere)
