@@ -11,7 +11,6 @@ from pyro.infer import SVI, Trace_ELBO
 from pyro.infer.autoguide import AutoNormalizingFlow
 from pyro.nn import AutoRegressiveNN, ConditionalAutoRegressiveNN, ConditionalDenseNN, DenseNN
 
-import pyroflows as pf
 from pyroflows import errors
 from pyroflows import transforms as T
 
@@ -281,11 +280,9 @@ def test_autonormalizingflow_of_pyro(name):
     assert list(guide.parameters())
 
 
-@pytest.mark.parametrize("name", [*VECTOR, *CLASSES, *SCALAR])
+@pytest.mark.parametrize("name", [name for name in (*VECTOR, *CLASSES, *SCALAR) if "elu" not in name])
 def test_d4_deepcopy_after_a_call(name):
     t = built(name, 3)
-    if not isinstance(t, pf.transforms.FlowTransform):
-        pytest.skip("a transform of torch, without parameters")
     y = t(torch.randn(5, 3))
     y.sum().backward() if y.requires_grad else None
     twin, x = copy.deepcopy(t), torch.randn(4, 3)
