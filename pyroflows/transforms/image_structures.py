@@ -131,8 +131,10 @@ class ImageCoupling(ImageTransform):
 _NETWORK = ("split", "flip", "hidden_channels", "kernel_sizes", "activation", "residual", "image_context")
 
 
-@with_input_dims((2, 4, 4), (1, 3, 4))
-@with_variants({"map": "rational_spline", "split": "checkerboard", "flip": True, "residual": True})
+@with_input_dims((2, 2, 4), (1, 3, 2))
+@with_variants(
+    {"map": "rational_spline", "split": "checkerboard", "flip": True, "residual": True, "hidden_channels": 16}
+)
 def image_coupling(
     input_dim: Shape, map: str | UnivariateMap = "affine", *, context_dim: int = 0, **options: Any
 ) -> ImageCoupling:
