@@ -113,7 +113,7 @@ class ELUTransform(theirs.ELUTransform):
     Example:
         >>> t = ELUTransform()
         >>> t.inv(t(torch.tensor([-2.0, 3.0])))
-        tensor([-2.,  3.])
+        tensor([-2.0000,  3.0000])
     """
 
     codomain = constraints.greater_than(-1.0)

@@ -163,7 +163,7 @@ def _rank_one(u: Tensor, v: Tensor) -> Factor:
 # --- layers ----------------------------------------------------------------------------------------------
 
 
-@with_variants({"permutation": "random"})
+@with_variants({"permutation": "reverse"})
 class LULinear(Linear):
     r"""A linear map with a triangular factorisation: :math:`y = P L U x + b`, starting at :math:`P x`.
 
