@@ -16,7 +16,7 @@ from torch.nn.functional import linear, logsigmoid, softplus
 from pyroflows.errors import OptionError
 from pyroflows.nets import Activation
 from pyroflows.numerics import monotone_root, positive, sum_last
-from pyroflows.transforms.base import FlowTransform, with_variants
+from pyroflows.transforms.base import FlowTransform
 
 __all__ = ["BlockAutoregressive"]
 
@@ -51,7 +51,6 @@ class _Layer(NamedTuple):
     bias: Tensor  # [*batch, K, out]
 
 
-@with_variants({"activation": "ELU", "residual": "gated", "hidden_factors": (4,)})
 class BlockAutoregressive(FlowTransform):
     r"""A network with a block of units for each coordinate: :math:`y = W_n\, \sigma(\cdots \sigma(W_1 x + b_1)) + b_n`.
 
