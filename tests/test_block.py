@@ -51,7 +51,7 @@ def test_the_formula_of_the_paper():
     for n in range(3):
         own, earlier = t.own[n], t.earlier[n]
         above, below = own.shape[1:]
-        positive = 1e-3 + torch.nn.functional.softplus(own + math.log(math.expm1(1 - 1e-3)))
+        positive = 0.1 + torch.nn.functional.softplus(own + math.log(math.expm1(1 - 0.1)))
         dense = earlier.clone()
         for i in range(3):
             for j in range(3):
@@ -60,7 +60,7 @@ def test_the_formula_of_the_paper():
                     dense[rows, columns] = positive[i] / below
                 else:
                     dense[rows, columns] = earlier[rows, columns] / math.sqrt(3 * below) if j < i else 0
-        gain = 1e-3 + torch.nn.functional.softplus(getattr(t, f"gain{n}") + math.log(math.expm1(1 - 1e-3)))
+        gain = 0.1 + torch.nn.functional.softplus(getattr(t, f"gain{n}") + math.log(math.expm1(1 - 0.1)))
         weight = t.scales[n] * gain[:, None] * dense
         z = weight @ z + getattr(t, f"bias{n}")
         blocks = torch.stack([weight[i * above : (i + 1) * above, i * below : (i + 1) * below] for i in range(3)])

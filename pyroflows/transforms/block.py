@@ -23,6 +23,9 @@ __all__ = ["BlockAutoregressive"]
 LEAK = 0.01
 """The smallest slope of an activation, torch's for ``LeakyReLU``: so no unit saturates, and the range is the line."""
 
+FLOOR = 0.1
+"""The smallest gain, and weight within a block, beside 1 at the start: two flat layers in turn still fit float32."""
+
 _SMALL = 2.0**-20  # sums of products are taken of numbers this much smaller, so that they cannot overflow
 
 
@@ -161,9 +164,9 @@ class BlockAutoregressive(FlowTransform):
             own, earlier = self.own[n].to(dtype), self.earlier[n].to(dtype)
             layers.append(
                 _Layer(
-                    positive(own) / below,
+                    positive(own, FLOOR) / below,
                     torch.where(self.get_buffer(f"mask{n}"), earlier, 0) / (below * self.input_dim) ** 0.5,
-                    (self.scales[n] * positive(raw[f"gain{n}"])).unflatten(-1, (self.input_dim, -1)),
+                    (self.scales[n] * positive(raw[f"gain{n}"], FLOOR)).unflatten(-1, (self.input_dim, -1)),
                     raw[f"bias{n}"].unflatten(-1, (self.input_dim, -1)),
                 )
             )
