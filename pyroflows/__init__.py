@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from pyroflows.guides import AutoFlow
     from pyroflows.plugins import available, flow, get, guide, transform
     from pyroflows.testing import check
-    from pyroflows.training import FitResult, fit
+    from pyroflows.training.fit import FitResult, fit
     from pyroflows.transforms import FlowTransform
 
 __version__ = "0.1.0"

@@ -524,13 +524,16 @@ def transform(name: str, /, *, input_dim: int | tuple[int, ...], context_dim: in
     return build("transforms", name, input_dim, context_dim=context_dim, **options)
 
 
-def flow(name: str, /, *, input_dim: int | tuple[int, ...], context_dim: int = 0, **options: Any) -> Flow:
+def flow(
+    name: str, /, *, input_dim: int | tuple[int, ...], context_dim: int = 0, compile: bool = False, **options: Any
+) -> Flow:
     """Builds a flow, a module that makes distributions, by name; ``.config`` is as for :func:`transform`.
 
     Args:
         name: a name of ``available("distributions")``.
         input_dim: the number of dimensions, or the shape of an image.
         context_dim: the number of context dimensions, 0 for none.
+        compile: whether ``torch.compile`` works on it, see ``Flow.compile``; no part of ``.config``.
         **options: the recipe's own options.
 
     Raises:
@@ -541,7 +544,8 @@ def flow(name: str, /, *, input_dim: int | tuple[int, ...], context_dim: int = 0
         >>> flow("nsf", input_dim=2, transforms=3).config.options
         {'transforms': 3}
     """
-    return build("distributions", name, input_dim, context_dim=context_dim, **options)
+    built = build("distributions", name, input_dim, context_dim=context_dim, **options)
+    return built.compile() if compile else built
 
 
 def guide(name: str, model: Any, /, **options: Any) -> Any:

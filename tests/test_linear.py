@@ -66,7 +66,7 @@ def test_a_matrix_of_each_row_is_that_of_its_context(name):
         torch.testing.assert_close(torch.linalg.slogdet(matrix_of(at))[1], log_det[i], rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("name", set(LAYERS) - {"plu"})
+@pytest.mark.parametrize("name", [name for name in LAYERS if name != "plu"])
 def test_a_new_layer_is_the_identity(name):
     torch.testing.assert_close(matrix_of(LAYERS[name]().double()), torch.eye(D, dtype=torch.float64))
 

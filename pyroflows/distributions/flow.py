@@ -144,6 +144,7 @@ class Flow(nn.Module):
         super().__init__()
         self.base = base
         self.config: Any = None
+        self._compile_options: dict[str, Any] | None = None
         self.context_dim = transform.context_dim
         base_shape = base().event_shape
         if len(base_shape) != transform.domain.event_dim:
@@ -206,6 +207,31 @@ class Flow(nn.Module):
         deeper = parts[-1].codomain.event_dim > parts[0].domain.event_dim and constraint is not None
         self.transform = Onto(parts) if deeper else Compose(parts)
         self._support = self.transform.codomain
+        if self._compile_options is not None:
+            self.transform.compile(**self._compile_options)
+
+    def compile(self, **options: Any) -> Flow:  # type: ignore[override]
+        """Has ``torch.compile`` work on sampling and scoring from now on, though not on a search.
+
+        Results stay the same up to rounding; where no compiler is found, one warning tells so and nothing changes.
+        The first calls compile, which takes tens of seconds, so this is worth it for thousands of small training steps.
+        Compiled functions have no second derivatives.
+
+        Args:
+            **options: of ``torch.compile``.
+
+        Returns:
+            This flow.
+
+        Example:
+            >>> import pyroflows as pf
+            >>> flow = pf.flow("maf", input_dim=2).compile(backend="eager")
+            >>> flow().log_prob(torch.zeros(5, 2)).shape
+            torch.Size([5])
+        """
+        self._compile_options = options
+        self.transform.compile(**options)
+        return self
 
     def restore_support(self, description: Any) -> None:
         """Declares the support that ``support_description`` put down; used by ``pyroflows.load``.

@@ -15,11 +15,11 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from pyroflows import plugins
 from pyroflows.distributions.flow import Flow, FlowDistribution
 from pyroflows.distributions.support import Support
 from pyroflows.errors import ContextError, NotReparametrized, OptionError
 from pyroflows.nets import MLP
+from pyroflows.plugins import flow as flow_by_name
 from pyroflows.transforms import Compose, Permutation, affine
 
 __all__ = ["Mixture", "MixtureDistribution", "mixture"]
@@ -251,7 +251,7 @@ def mixture(
         raise OptionError(f"components must be a positive integer, got {components!r}.")
     parts = []
     for _ in range(components):
-        inner = plugins.flow(flow, input_dim=input_dim, context_dim=context_dim, **options)
+        inner = flow_by_name(flow, input_dim=input_dim, context_dim=context_dim, **options)
         last = affine(input_dim, context_dim=context_dim)
         last.start_from(raw=torch.stack([torch.randn(input_dim), torch.zeros(input_dim)], -1))
         parts.append(Flow(Compose([inner.learned, last]), inner.base))

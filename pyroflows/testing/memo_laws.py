@@ -218,10 +218,12 @@ def memo(trial: TransformTrial) -> None:
     if not is_real(trial.original.domain):
         return
     x, y, context, _, _ = trial.probe
-    zero = torch.zeros(trial.event_shape, dtype=trial.dtype, device=trial.device)
-    base = dist.Normal(zero, torch.ones_like(zero)).to_event(trial.transform.domain.event_dim)
 
     def distribution(t: Any) -> Any:
+        forth = tuple(t.forward_shape(trial.event_shape)) == trial.y_event_shape  # or t is the inverse
+        shape = trial.event_shape if forth else trial.y_event_shape
+        zero = torch.zeros(shape, dtype=trial.dtype, device=trial.device)
+        base = dist.Normal(zero, torch.ones_like(zero)).to_event(t.domain.event_dim)
         return dist.TransformedDistribution(base, [t if context is None else t.condition(context)])
 
     never_stale(trial, trial.transform, distribution, y)

@@ -643,8 +643,8 @@ def algebra(trial: TransformTrial) -> None:
         )
 
 
-def _base(trial: TransformTrial, t: Any) -> Any:
-    shape = trial.event_shape
+def _base(trial: TransformTrial, t: Any, side: str = "x") -> Any:
+    shape = trial.event_shape if side == "x" else trial.y_event_shape
     zero = torch.zeros(shape, dtype=trial.dtype, device=trial.device)
     return dist.Normal(zero, torch.ones_like(zero)).to_event(t.domain.event_dim)
 
@@ -691,10 +691,11 @@ def protocol(trial: TransformTrial) -> None:
         trial.close(f"log_prob through {name}", score, summed, tol, unit)
     held = list(compositions["ComposeTransformModule"].parameters())
     trial.require({id(p) for p in held} == {id(p) for p in t.parameters()}, "ComposeTransformModule loses parameters")
-    inverted = dist.TransformedDistribution(base, [at.inv])
+    y_base = _base(trial, at.inv, "y")  # other than the base where the event shapes differ
+    inverted = dist.TransformedDistribution(y_base, [at.inv])
     image, forward_log_det = at.forward_and_log_det(x)
     unit = 10 * (1 + image.abs().reshape(len(x), -1).amax(-1) ** 2 + forward_log_det.abs().reshape(len(x), -1).amax(-1))
-    trial.close("log_prob through .inv", inverted.log_prob(x), base.log_prob(image) + forward_log_det, tol, unit)
+    trial.close("log_prob through .inv", inverted.log_prob(x), y_base.log_prob(image) + forward_log_det, tol, unit)
     conditional = dist.ConditionalTransformedDistribution(base, [t])
     there = conditional.condition(torch.zeros(1, device=trial.device) if context is None else context)
     trial.close("log_prob of ConditionalTransformedDistribution", there.log_prob(y), summed, tol, unit)

@@ -92,6 +92,7 @@ class BlockAutoregressive(FlowTransform):
     sign = 1
     autoregressive = True
     inverse = "numeric"
+    sequential = (False, True)
     vmaps = False
     compiles = False
     turn: Tensor

@@ -71,6 +71,7 @@ class ImageCoupling(ImageTransform):
         super().__init__(context_dim)
         self.map, self.event_shape, self.flip = map, image_shape(input_dim), flip
         self.inverse, self.vmaps, self.compiles = map.inverse, map.vmaps, map.compiles
+        self.sequential = False, map.inverse == "numeric"
         channels, height, width = self.event_shape
         self.split = split or ("channel" if channels > 1 else "checkerboard")
         if self.split == "channel" and channels < 2:

@@ -86,6 +86,7 @@ class Planar(FlowTransform):
 
     sign = 1
     inverse = "numeric"
+    sequential = (False, True)
     vmaps = False
     compiles = False
 
@@ -255,6 +256,7 @@ class Sylvester(FlowTransform):
 
     sign = 1
     inverse = "numeric"
+    sequential = (False, True)
     vmaps = False
     compiles = False
 

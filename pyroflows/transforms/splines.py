@@ -113,7 +113,8 @@ class PolynomialSpline(SplineMap):
     The ``"linear"`` one has bins of equal width and a log-slope that is constant in each: its density jumps at the
     knots, and its log-det has no gradient with respect to the point. So a likelihood can be fitted where the data run
     forward (a layer's ``.inv`` in a flow), through bins that stay where they are; backward, the gradient does not see
-    that data change bins. The slope of the ``"quadratic"`` one is a chain of straight pieces. The ``"cubic"`` one runs smoothly through knots that are learned, its slopes follow from them.
+    that data change bins. The slope of the ``"quadratic"`` one is a chain of straight pieces. The ``"cubic"`` one runs
+    smoothly through knots that are learned; its slopes follow from them.
 
     Args:
         bins: the number of bins, 2 to 500.

@@ -27,6 +27,7 @@ class _Mapped(FlowTransform):
         super().__init__(context_dim)
         self.map, self.input_dim = map, input_dim
         self.inverse, self.vmaps, self.compiles = map.inverse, map.vmaps, map.compiles
+        self.sequential = False, map.inverse == "numeric"
 
     def extra_repr(self) -> str:
         """The map and the width."""
@@ -214,6 +215,7 @@ class Autoregressive(_Mapped):
                 "finds them one at a time; use Coupling or Elementwise."
             )
         super().__init__(map, input_dim, context_dim)
+        self.sequential = False, True
         self.net = net or MADE(
             input_dim,
             map.params,
