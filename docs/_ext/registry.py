@@ -4,21 +4,26 @@
 package that no page documents is a warning, and so an error of `make docs`.
 """
 
+import copy
 import inspect
 from importlib import import_module
 from importlib.util import find_spec
 
+import torch
 from sphinx.util import logging
 from sphinx.util.docutils import SphinxDirective
+from torch.distributions import biject_to
 
 import pyroflows as pf
 from pyroflows import plugins
 from pyroflows.errors import ContextError, OptionError, ShapeError
+from pyroflows.testing.trial import is_real, perturb
 
 logger = logging.getLogger(__name__)
 
 INPUT_DIMS = (2, 3, 4, (2, 4, 4), (4, 4))  # the first that a factory takes; image layers take a shape
-CLAIMS = ("Inverse", "Log-det", "Context", "vmap", "compile", "2nd derivative")
+CLAIMS = ("Inverse", "Log-det", "Context", "vmap", "compile", "2nd derivative", "Round trip, float64", "float32")
+SCALE, POINTS = 0.5, 256  # of the parameters at which round trips are measured
 
 
 def summary(entry):
@@ -40,12 +45,30 @@ def claims(name, group):
     """The flags of a registered transform, or of a flow's transform, as it is built without options."""
     built = build(name, group)
     transform = built if group == "transforms" else built.transform
+    dim = built.config.input_dim
+    shape = built.base().event_shape if group == "distributions" else (dim,) if isinstance(dim, int) else dim
     try:
         context = "yes" if build(name, group, context_dim=2).context_dim else "ignored"
     except ContextError:
         context = "no"
     flags = (transform.vmaps, transform.compiles, transform.twice_differentiable)
-    return [transform.inverse, transform.log_det, context, *("yes" if flag else "no" for flag in flags)]
+    errors = (f"{round_trip(transform, shape, dtype):.0e}" for dtype in (torch.float64, torch.float32))
+    return [transform.inverse, transform.log_det, context, *("yes" if flag else "no" for flag in flags), *errors]
+
+
+def round_trip(transform, shape, dtype):
+    """How far inverse(forward(x)) is from x at worst, at random parameters, over 1 + abs(x)."""
+    moved = copy.deepcopy(transform).to(dtype).eval()
+    generator = torch.Generator().manual_seed(0)
+    perturb(moved, SCALE, generator)
+    x = torch.randn(POINTS, *shape, generator=generator, dtype=torch.float64)
+    if not is_real(moved.domain):
+        to_domain = biject_to(moved.domain)
+        x = to_domain(torch.randn(POINTS, *to_domain.inverse_shape(shape), generator=generator, dtype=torch.float64))
+    x = x.to(dtype)
+    with torch.no_grad():
+        back = moved.inverse_and_log_det(moved.forward_and_log_det(x)[0])[0]
+    return float(((back - x).abs() / (1 + x.abs())).max())
 
 
 class Registry(SphinxDirective):
@@ -57,7 +80,7 @@ class Registry(SphinxDirective):
         self.env.note_reread()
         [group] = self.arguments
         titles = ["Name", "What it is", *(CLAIMS if group != "guides" else ())]
-        widths = "14 42 9 9 9 7 8 9" if group != "guides" else "20 80"
+        widths = "14 36 8 8 8 6 7 8 8 8" if group != "guides" else "20 80"
         rows = [titles]
         for info in plugins.report(group):
             if info.distribution == "pyroflows":
