@@ -36,17 +36,23 @@ def variants(case):
 # --- everything that is registered -----------------------------------------------------------------------
 
 
-SEARCHING = ("planar", "sylvester")  # flows whose every score is a search: minutes
+BRISK = ("iaf", "maf", "nice", "nsf", "radial", "realnvp")
+"""The flows without a search and without convolutions; the others take minutes."""
+
+
+def dear(case):
+    return case.group == "pyroflows.distributions" and case.name not in BRISK
 
 
 def marks(case):
-    slow = case.group == "pyroflows.distributions" and case.name in SEARCHING
-    return pytest.param(case, id=case.label, marks=pytest.mark.slow if slow else ())
+    return pytest.param(case, id=case.label, marks=pytest.mark.slow if dear(case) else ())
 
 
 @pytest.mark.parametrize("case", [marks(case) for case in BUILT_IN])
 def test_registered(case):
     sizes = {} if case.group == "pyroflows.guides" else EVERYDAY
+    if dear(case):
+        sizes = {"input_dims": (2,), "scales": (0.5,)}
     report = CHECKS[case.group](case.name, variants=(variants(case)[case.variant],), **sizes)
     assert report.ok
     assert not report.understated
