@@ -20,7 +20,8 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
-from torch.distributions import constraints
+from torch.distributions import biject_to, constraints
+from torch.distributions.transforms import ExpTransform
 
 import pyroflows as pf
 from pyroflows import archive, errors, plugins
@@ -90,7 +91,8 @@ def behaviour(obj):
         layer = obj.condition(context) if obj.context_dim else obj
         shape = obj.config.input_dim if isinstance(obj.config.input_dim, tuple) else (obj.config.input_dim,)
         x = torch.rand(4, 1, *shape, dtype=dtype)
-        directions = {"forward": layer.forward_and_log_det(x), "inverse": layer.inverse_and_log_det(x)}
+        y = x.reshape(4, 1, *obj.forward_shape(shape))
+        directions = {"forward": layer.forward_and_log_det(x), "inverse": layer.inverse_and_log_det(y)}
         return {f"{key}{i}": t.contiguous() for key, pair in directions.items() for i, t in enumerate(pair)}
 
 
@@ -123,7 +125,7 @@ def build(name, dtype, context_dim, support):
             if input_dim != 3:
                 return None
     if SUPPORTS.get(support):
-        if input_dim != 3:
+        if input_dim != 3 or not obj.standardizes:
             return None
         obj.constrain(SUPPORTS[support])
     return scrambled(obj.to(DTYPES[dtype])).eval()
@@ -609,7 +611,8 @@ def test_S4_a_blocked_plugin_stays_blocked(install, path, monkeypatch):
     ],
 )
 def test_an_option_that_json_cannot_hold_is_named(path, option, value, remedy):
-    flow = pf.flow("nsf", input_dim=2, **{option: [4, 4] if option == "hidden_dims" else value})
+    accepted = {"hidden_dims": [4, 4], "bound": 5.0}  # what the flow itself takes in place of the value
+    flow = pf.flow("nsf", input_dim=2, **{option: accepted.get(option, value)})
     flow.config.options[option] = value
     with pytest.raises(errors.NotRebuildable, match=option) as caught:
         pf.save(flow, path)
@@ -643,7 +646,15 @@ def test_the_page_about_saving_is_right(tmp_path):
 
 
 def test_a_support_that_no_file_can_name(path):
-    flow = pf.flow("nsf", input_dim=2, support=dist.constraints.softplus_positive)
+    class Odd(constraints.Constraint):
+        event_dim = 0
+
+        def check(self, value):
+            return value > 0
+
+    biject_to.register(Odd, lambda constraint: ExpTransform())
+    flow = pf.flow("nsf", input_dim=2, support=constraints.independent(Odd(), 1))
+    del biject_to._registry[Odd]
     with pytest.raises(errors.NotRebuildable, match="support"):
         pf.save(flow, path)
 
