@@ -280,7 +280,21 @@ def test_part_of_a_guide_list():
     assert set(guide.median()) == {"mu", "sigma"}
 
 
-@pytest.mark.parametrize("name", pf.available("distributions"))
+ON_MANIFOLDS = ("ncsf", "sphere")
+ON_VECTORS = [
+    name
+    for name in pf.available("distributions")
+    if name not in ON_MANIFOLDS and not hasattr(pf.get("distributions", name), "input_dims")
+]
+
+
+@pytest.mark.parametrize("name", ON_MANIFOLDS)
+def test_a_flow_of_angles_is_refused(name):
+    with pytest.raises(errors.OptionError, match="real numbers"):
+        pf.AutoFlow(model, flow=name).setup()
+
+
+@pytest.mark.parametrize("name", ON_VECTORS)
 def test_any_registered_flow(name):
     guide = pf.AutoFlow(model, flow=name, transforms=2, hidden_dims=(8,)).setup()
     train(guide, steps=2)

@@ -160,3 +160,9 @@ def test_a_graph_survives_saving(tmp_path):
     same = pf.load(tmp_path / "t.safetensors")
     x = torch.randn(3, 5)
     assert torch.equal(same(x), t(x))
+
+
+def test_a_loaded_flow_sweeps(tmp_path):
+    pf.save(pf.flow("maf", input_dim=3), tmp_path / "f.safetensors")
+    same = pf.load(tmp_path / "f.safetensors")
+    assert all(module.unrolls for module in same.modules() if isinstance(module, MADE))

@@ -10,7 +10,9 @@ there are coordinates; `MADE.unroll_back` does the same for a gradient, from the
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -34,49 +36,84 @@ class _Stage(NamedTuple):
     units: tuple[tuple[int, int], ...]
 
 
-def _parents(input_dim: int, order: Sequence[int] | None, adjacency: Sequence[Sequence[bool]] | None) -> list[set[int]]:
-    """The coordinates that each one is steered by."""
+class _Plan(NamedTuple):
+    """Which weights exist, and when everything is known."""
+
+    masks: list[Tensor]  # [units above, units below] a layer, the last of them [input_dim, units]
+    levels: list[int]  # how many coordinates in a row have to be found before each one
+    stages: list[list[int]]  # how many before each unit of each hidden layer, rising
+
+
+def _along_order(ranks: Sequence[int], hidden_dims: Sequence[int], context_dim: int) -> _Plan:
+    """A unit of degree ``m`` sees the ranks below ``m``."""
+    input_dim = len(ranks)
+    # A unit of degree 0 sees the context alone; without a context it would see nothing.
+    lowest = 0 if context_dim else min(1, input_dim - 1)
+    degrees = [torch.tensor(ranks) + 1]
+    degrees += [lowest + torch.arange(width) * (input_dim - lowest) // width for width in hidden_dims]
+    masks = [later[:, None] >= earlier for earlier, later in pairwise(degrees)]
+    masks.append(torch.tensor(ranks)[:, None] >= degrees[-1])
+    stages = [[lowest + k * (input_dim - lowest) // width for k in range(width)] for width in hidden_dims]
+    return _Plan(masks, list(ranks), stages)
+
+
+def _along_graph(adjacency: Tensor, hidden_dims: Sequence[int], context_dim: int) -> _Plan:
+    """A unit sees what steers one of the coordinates, one of the sets that occur.
+
+    Raises:
+        OptionError: the coordinates steer each other in a circle.
+    """
+    levels = torch.full((len(adjacency),), -1)
+    for level in range(len(adjacency)):
+        ready = (levels < 0) & ~(adjacency & (levels < 0)).any(-1)
+        levels = torch.where(ready, level, levels)
+    if bool((levels < 0).any()):
+        circle = (levels < 0).nonzero().flatten().tolist()
+        raise OptionError(f"adjacency has a circle among the coordinates {circle}: no order of them exists.")
+    sets = adjacency.unique(dim=0)
+    if len(sets) > 1 and not context_dim:
+        sets = sets[sets.any(-1)]  # a unit that sees nothing is of use with a context only
+    stage = torch.where(sets, levels + 1, 0).amax(-1)
+    sets, stage = sets[stage.argsort(stable=True)], stage.sort(stable=True).values
+    units = [torch.arange(width) * len(sets) // width for width in hidden_dims]
+    seen = [torch.eye(len(adjacency), dtype=torch.bool), *(sets[index] for index in units), adjacency]
+    # below <= above, as sets: nothing is in the one and not in the other.
+    masks = [(~above).float() @ below.float().mT == 0 for below, above in pairwise(seen)]
+    return _Plan(masks, levels.tolist(), [stage[index].tolist() for index in units])
+
+
+def _plan(
+    input_dim: int,
+    order: Sequence[int] | None,
+    adjacency: Sequence[Sequence[bool]] | None,
+    hidden_dims: Sequence[int],
+    context_dim: int,
+) -> _Plan:
     if order is not None and adjacency is not None:
         raise OptionError("order and adjacency both say which coordinate is steered by which: give one of them.")
     if adjacency is not None:
         rows = [[bool(entry) for entry in row] for row in adjacency]
         if len(rows) != input_dim or any(len(row) != input_dim for row in rows):
             raise OptionError(f"adjacency must be {input_dim} rows of {input_dim} booleans.")
-        return [{j for j, steered in enumerate(row) if steered and j != i} for i, row in enumerate(rows)]
+        with torch.device("cpu"):  # what exists is computed, wherever the weights are to be
+            matrix = torch.tensor(rows) & ~torch.eye(input_dim, dtype=torch.bool)
+            plan = _along_graph(matrix, hidden_dims, context_dim)
+        return _Plan([mask.to(torch.get_default_device()) for mask in plan.masks], plan.levels, plan.stages)
     ranks = list(range(input_dim)) if order is None else [int(rank) for rank in order]
     if sorted(ranks) != list(range(input_dim)):
         raise OptionError(f"order must be a permutation of 0 .. {input_dim - 1}, got {ranks}.")
-    return [{j for j in range(input_dim) if ranks[j] < rank} for rank in ranks]
-
-
-def _levels(parents: list[set[int]]) -> list[int]:
-    """How many coordinates in a row have to be known before each one.
-
-    Raises:
-        OptionError: the coordinates steer each other in a circle.
-    """
-    levels: list[int] = [-1] * len(parents)
-    for level in range(len(parents)):
-        ready = [i for i, steered_by in enumerate(parents) if levels[i] < 0 and all(levels[j] >= 0 for j in steered_by)]
-        if not ready:
-            break
-        for i in ready:
-            levels[i] = level
-    if -1 in levels:
-        circle = [i for i, level in enumerate(levels) if level < 0]
-        raise OptionError(f"adjacency has a circle among the coordinates {circle}: no order of them exists.")
-    return levels
+    return _along_order(ranks, hidden_dims, context_dim)
 
 
 def _works_on_each_number(activation: nn.Module) -> bool:
     """Whether an activation gives the same for a number whatever stands beside it, and every time."""
-    probe = torch.linspace(-3, 3, 12).reshape(3, 4)
+    probe = torch.linspace(-3, 3, 12, device="cpu").reshape(3, 4)
     try:
         with torch.no_grad():
             whole, part = activation(probe), activation(probe[1:, :3].mT)
+            return whole.shape == probe.shape and torch.equal(whole[1:, :3].mT, part)
     except Exception:  # whatever it asks of its input, it is more than one number
         return False
-    return whole.shape == probe.shape and torch.equal(whole[1:, :3].mT, part)
 
 
 class MADE(MLP):
@@ -126,20 +163,8 @@ class MADE(MLP):
         residual: bool = False,
     ) -> None:
         hidden_dims = check_widths(hidden_dims)
-        parents = _parents(input_dim, order, adjacency)
-        levels = _levels(parents)
-
-        def stage(seen: frozenset[int]) -> int:
-            return max((levels[j] + 1 for j in seen), default=0)
-
-        sets = sorted(set(map(frozenset, parents)), key=lambda seen: (stage(seen), len(seen), sorted(seen)))
-        if len(sets) > 1 and not context_dim:
-            sets = [seen for seen in sets if seen]  # a unit that sees nothing is of use with a context only
-        units = [[sets[k * len(sets) // width] for k in range(width)] for width in hidden_dims]
-        seen_by = [[frozenset([j]) for j in range(input_dim)], *units]
-        masks = [torch.tensor([[a <= b for a in below] for b in above]) for below, above in pairwise(seen_by)]
-        outputs = torch.tensor([[a <= b for a in seen_by[-1]] for b in parents])
-        masks.append(outputs.repeat_interleave(params, 0))
+        plan = _plan(input_dim, order, adjacency, hidden_dims, context_dim)
+        masks = [*plan.masks[:-1], plan.masks[-1].repeat_interleave(params, 0)]
         super().__init__(
             input_dim,
             input_dim * params,
@@ -150,20 +175,18 @@ class MADE(MLP):
             masks=masks,
         )
         self.params = params
-        turn = sorted(range(input_dim), key=levels.__getitem__)
+        turn = sorted(range(input_dim), key=plan.levels.__getitem__)
         self.register_buffer("turn", torch.tensor(turn), persistent=False)
-        self.passes = max(levels) + 1
+        self.passes = max(plan.levels) + 1
         self.unrolls = _works_on_each_number(self.activation)
-        # Units are in the order of their stages, so what is known at a stage is a slice from the front.
-        stages = [[stage(seen) for seen in layer] for layer in units]
-        self._stages = [
-            _Stage(
-                sum(level < t for level in levels),
-                sum(level <= t for level in levels),
-                tuple((sum(s < t for s in layer), sum(s <= t for s in layer)) for layer in stages),
-            )
-            for t in range(self.passes)
-        ]
+        self._levels, self._unit_stages = sorted(plan.levels), plan.stages
+
+    @cached_property
+    def _stages(self) -> list[_Stage]:
+        """Units are in the order of their stages, so what is known at a stage is a slice from the front."""
+        known = [self._levels, *self._unit_stages]
+        ends = [[(bisect_left(at, t), bisect_right(at, t)) for at in known] for t in range(self.passes)]
+        return [_Stage(*ends_at[0], tuple(ends_at[1:])) for ends_at in ends]
 
     def forward(self, x: Tensor | None, context: Tensor | None = None) -> Tensor:
         """The outputs ``[*batch, input_dim, params]`` for ``x`` ``[*batch, input_dim]``."""

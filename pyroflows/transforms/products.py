@@ -157,7 +157,7 @@ def autoregressive(
     map: str | UnivariateMap = "affine",
     *,
     context_dim: int = 0,
-    order: Sequence[int] | None = None,
+    order: Sequence[int] | str | None = None,
     adjacency: Sequence[Sequence[bool]] | None = None,
     hidden_dims: Sequence[int] = (128, 128),
     activation: Activation = "relu",
@@ -170,7 +170,7 @@ def autoregressive(
         input_dim: the number of coordinates.
         map: the map's name, or a map.
         context_dim: the width of the context.
-        order: the rank of each coordinate, see `Autoregressive`.
+        order: the rank of each coordinate, see `Autoregressive`; a word is the option ``order`` of the map.
         adjacency: which coordinate steers which, see `Autoregressive`.
         hidden_dims: the hidden widths of the network.
         activation: its activation.
@@ -185,6 +185,8 @@ def autoregressive(
         >>> autoregressive(4, "rational_spline")(torch.zeros(5, 4)).shape
         torch.Size([5, 4])
     """
+    if isinstance(order, str):
+        options["order"], order = order, None
     network: dict[str, Any] = {"context_dim": context_dim, "hidden_dims": hidden_dims, "activation": activation}
     return Autoregressive(
         univariate_map(map, **options), input_dim, order=order, adjacency=adjacency, residual=residual, **network
