@@ -17,7 +17,8 @@ import pyroflows as pf
 from pyroflows import errors
 from pyroflows import transforms as T
 
-RECIPES = pf.available("distributions")
+OTHER_SHAPES = {"glow": (1, 4, 4), "realnvp_image": (1, 4, 4), "sphere": 2}
+RECIPES = [name for name in pf.available("distributions") if name not in OTHER_SHAPES]
 
 
 @pytest.fixture(autouse=True)
@@ -235,19 +236,25 @@ def test_base_and_transform_must_agree():
         pf.Flow(T.affine(2), Base(dist.Normal, event_dim=0, loc=torch.zeros(2), scale=torch.ones(2)))
 
 
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [*RECIPES, *OTHER_SHAPES])
 def test_N30_autocast_and_half_precision(name):
-    flow = small(name, input_dim=3, context_dim=2)
-    x, context = torch.randn(20, 3), torch.randn(20, 2)
+    context = torch.randn(20, 2)
+    if name in OTHER_SHAPES:
+        flow = pf.flow(name, input_dim=OTHER_SHAPES[name], context_dim=2)
+        x = flow(context).sample()
+    else:
+        flow = small(name, input_dim=3, context_dim=2)
+        x = torch.randn(20, 3) if name != "ncsf" else torch.rand(20, 3) * 6 - 3
     exact = flow(context).log_prob(x)
+    more = x[0].numel() / 3  # tolerances are for three coordinates
     with torch.autocast("cpu", torch.bfloat16):
         q = flow(context)
         scores, (y, log_q) = q.log_prob(x), q.rsample_with_log_prob()
     assert scores.dtype == y.dtype == log_q.dtype == torch.float32
-    assert torch.allclose(scores, exact, atol=0.1)
+    assert torch.allclose(scores, exact, atol=0.1 * more)
     for dtype in (torch.bfloat16, torch.float16):
         q = flow.to(dtype)(context.to(dtype))
         assert q.sample().dtype == dtype
         log_prob = q.log_prob(x.to(dtype))
         assert log_prob.dtype == torch.float32  # log-dets are summed in at least float32
-        assert torch.allclose(log_prob, exact, atol=0.3)
+        assert torch.allclose(log_prob, exact, atol=0.3 * more)

@@ -152,8 +152,8 @@ class AutoFlow(AutoContinuous):
             raise OptionError(f"flow must make a Flow or a FlowTransform without a context, got {type(flow).__name__}.")
         if isinstance(flow, Flow) and not flow.standardizes:
             raise OptionError(
-                f"a guide needs a flow on the real numbers, and this one lives on {flow.support}. Take another flow; the "
-                "guide maps to the supports of the sites by itself."
+                f"a guide needs a flow on the real numbers, and this one lives on {flow.support}. Take another flow; "
+                "the guide maps to the supports of the sites by itself."
             )
         return flow
 
