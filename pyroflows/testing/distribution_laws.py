@@ -137,6 +137,13 @@ def event_shapes(trial: FlowTrial) -> None:
         trial.require(bool((d.mask(False).log_prob(d.sample()) == 0).all()), "mask(False) leaves a density")
 
 
+def _close_scores(trial: FlowTrial, what: str, got: Tensor, want: Tensor) -> None:
+    """Two computations of the same scores, whose sums may be in another order; a score of a million has few digits."""
+    trial.require(got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, not {tuple(want.shape)}")
+    amplification = 1e3 + want.flatten().abs()
+    trial.close(what, got.flatten(), want.flatten(), LOG_DET[trial.dtype], amplification)
+
+
 def plates(trial: FlowTrial) -> None:
     """In nested plates, under vectorized particles and as an observation, rows are independent draws."""
     flow, event = trial.flow, trial.event_shape
@@ -162,7 +169,7 @@ def plates(trial: FlowTrial) -> None:
             trial.require(different, "rows of a plate share their noise")
         else:
             each = torch.stack([trial.make(flow, context).log_prob(row) for row in data])
-            trial.close("log_prob in nested plates and row by row", site["log_prob"], each, LOG_DET[trial.dtype], 1e3)
+            _close_scores(trial, "log_prob in nested plates and row by row", site["log_prob"], each)
     if trial._plain:
         zero = torch.zeros(event, dtype=trial.dtype, device=trial.device)
 
@@ -194,11 +201,11 @@ def context_rows(trial: FlowTrial) -> None:
     different = trial.dtype == torch.float32 or len(equal.unique(dim=0)) == 60
     trial.require(different, "rows of equal context share their noise")
     alone = torch.stack([flow(row).log_prob(point) for row, point in zip(context, data, strict=True)])
-    trial.close("log_prob of a batch of contexts and one by one", d.log_prob(data), alone, LOG_DET[trial.dtype], 1e3)
+    _close_scores(trial, "log_prob of a batch of contexts and one by one", d.log_prob(data), alone)
     trial.require(tuple(d.log_prob(data[0]).shape) == (6,), "one point does not broadcast with six contexts")
     grid = flow(context[:, None]).log_prob(data)
     trial.require(tuple(grid.shape) == (6, 6), f"six points under six contexts [6, 1, C] score as {tuple(grid.shape)}")
-    trial.close("the diagonal of all points under all contexts", grid.diagonal(), alone, LOG_DET[trial.dtype], 1e3)
+    _close_scores(trial, "the diagonal of all points under all contexts", grid.diagonal(), alone)
 
 
 # --- the density -----------------------------------------------------------------------------------------
