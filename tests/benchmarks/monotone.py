@@ -6,8 +6,7 @@
 NAF: five autoregressive layers of 16 deep-sigmoid units with networks of two hidden layers of 128, ours and
 ``pyro.distributions.transforms.neural_autoregressive``; a step samples and scores, the one direction that Pyro's has.
 UNAF: five layers, networks alike, ours and ``zuko.flows.UNAF``; a step scores data. Both integrate by Gauss-Legendre
-rules, and the error of each is printed: the largest difference between the slope of the integral and the integrand,
-at the first layer's start, in float64. Processor time on one thread; read the ratios of medians.
+rules, each with its own number of nodes. Processor time on one thread; read the ratios of medians.
 """
 
 import argparse
@@ -21,7 +20,6 @@ import torch
 import zuko
 
 import pyroflows as pf
-from pyroflows.transforms import UnconstrainedMonotonic
 
 Step = Callable[[], None]
 
@@ -72,22 +70,6 @@ def unaf_ours(d: int, batch: int) -> Step:
 def unaf_zuko(d: int, batch: int) -> Step:
     flow, x = zuko.flows.UNAF(d, transforms=5, hidden_features=(128, 128)), torch.randn(batch, d)
     return _stepper(list(flow.parameters()), lambda: -flow().log_prob(x).mean())
-
-
-def quadrature_errors() -> tuple[float, float]:
-    """Largest relative difference of the integral's derivative and the integrand on [-4, 4], ours and zuko's."""
-    x = torch.linspace(-4, 4, 65, dtype=torch.float64).unsqueeze(-1).requires_grad_()
-    map = UnconstrainedMonotonic()
-    y, log_slope = map.forward(x[:, 0], torch.randn(map.params, dtype=torch.float64))
-    (slope,) = torch.autograd.grad(y.sum(), x)
-    ours = float((slope[:, 0] / torch.exp(log_slope.detach()) - 1).abs().max())
-    layer = zuko.flows.UNAF(1, transforms=1, hidden_features=(128, 128)).double().transform.transforms[0]().double()
-    points = x[:, 0].detach().unsqueeze(-1)
-    step = 1e-5
-    centre = layer.call_and_ladj(points)[1]
-    difference = (layer(points + step) - layer(points - step)) / (2 * step)
-    theirs = float((difference[:, 0] / torch.exp(centre.detach()) - 1).abs().max())
-    return ours, theirs
 
 
 def milliseconds(step: Step) -> float:
