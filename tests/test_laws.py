@@ -54,7 +54,8 @@ def searches(case):
 
 
 def marks(case):
-    return pytest.param(case, id=case.label, marks=pytest.mark.slow if dear(case) else ())
+    second = case.group == "pyroflows.distributions" and case.variant > 0
+    return pytest.param(case, id=case.label, marks=pytest.mark.slow if second or dear(case) else ())
 
 
 @pytest.mark.parametrize("case", [marks(case) for case in BUILT_IN])
