@@ -36,7 +36,7 @@ def maf(
     linear: bool = False,
     support: Support | None = None,
 ) -> Flow:
-    """Masked autoregressive flow: scores in one pass, samples in ``input_dim`` passes (arXiv:1705.07057).
+    """Masked autoregressive flow: scores in one pass, samples one coordinate after another (arXiv:1705.07057).
 
     Args:
         input_dim: the number of coordinates.
@@ -68,7 +68,7 @@ def iaf(
     linear: bool = False,
     support: Support | None = None,
 ) -> Flow:
-    """Inverse autoregressive flow: samples in one pass, scores others' points in ``input_dim`` passes
+    """Inverse autoregressive flow: samples in one pass, scores others' points one coordinate after another
     (arXiv:1606.04934). Made for guides.
 
     Args:
@@ -115,8 +115,8 @@ def nsf(
         hidden_dims: the hidden widths of each layer's network.
         bins: the number of bins of a spline.
         bound: half the side of the box outside of which the splines are the identity.
-        structure: ``"coupling"``: both directions take one pass; ``"autoregressive"``: one of them takes
-            ``input_dim`` passes.
+        structure: ``"coupling"``: both directions take one pass; ``"autoregressive"``: one of them
+            finds one coordinate after another.
         direction: which direction of an autoregressive flow is the fast one.
         activation: the activation of the networks.
         residual: whether their hidden layers have skip connections.

@@ -167,7 +167,7 @@ class Coupling(_Mapped):
 class Autoregressive(_Mapped):
     r"""Each coordinate steered by those before it: :math:`y_i = g(x_i; \theta_i(x_{<i}, c))`.
 
-    Forward is one pass of a masked network; the inverse finds one coordinate a pass. So this layer samples
+    Forward is one pass of a masked network; the inverse finds one coordinate after another. So this layer samples
     fast (an inverse autoregressive flow: Kingma et al. 2016, arXiv:1606.04934) and its ``.inv`` scores fast (a
     masked autoregressive flow: Papamakarios, Pavlakou, Murray 2017, arXiv:1705.07057).
 
