@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyroflows.distributions.base import Base
-from pyroflows.distributions.support import Onto, Support, as_constraint, describe, is_real, onto, restore
+from pyroflows.distributions.support import Support, as_constraint, describe, is_real, onto, restore
 from pyroflows.errors import ContextError, OptionError, ShapeError
 from pyroflows.numerics import sum_last
 from pyroflows.transforms import Compose, FlowTransform
@@ -204,8 +204,7 @@ class Flow(nn.Module):
         if constraint is not None:
             parts.append(onto(constraint, self.event_shape))
         self._declared = constraint
-        deeper = parts[-1].codomain.event_dim > parts[0].domain.event_dim and constraint is not None
-        self.transform = Onto(parts) if deeper else Compose(parts)
+        self.transform = Compose(parts)
         self._support = self.transform.codomain
         if self._compile_options is not None:
             self.transform.compile(**self._compile_options)

@@ -8,14 +8,13 @@ from typing import Any
 
 import torch
 from pyro.distributions import constraints
-from torch import Tensor
 from torch.distributions import Transform, biject_to
 from torch.distributions.transforms import ComposeTransform
 
 from pyroflows.errors import ArchiveCorrupt, NotRebuildable, OptionError
-from pyroflows.transforms import CholeskyTransform, Compose, FlowTransform, VectorToCholesky, Wrapped
+from pyroflows.transforms import CholeskyTransform, FlowTransform, VectorToCholesky, Wrapped
 
-__all__ = ["Onto", "Support", "as_constraint", "describe", "is_real", "onto", "restore"]
+__all__ = ["Support", "as_constraint", "describe", "is_real", "onto", "restore"]
 
 Support = constraints.Constraint | str | Sequence[constraints.Constraint | str]
 """A constraint, its name in ``pyro.distributions.constraints``, or one of either for each column."""
@@ -136,30 +135,6 @@ def _bijection(constraint: constraints.Constraint) -> Transform:
     if type(constraint) in (type(constraints.positive_definite), type(constraints.positive_semidefinite)):
         return ComposeTransform([VectorToCholesky(), CholeskyTransform().inv])
     return biject_to(constraint)
-
-
-class Onto(Compose):
-    """Layers on vectors, the last of which leads to points of more dimensions, such as matrices.
-
-    Args:
-        transforms: the parts, first to last.
-
-    Example:
-        >>> from pyroflows.transforms import affine
-        >>> Onto([affine(3), onto(constraints.lower_cholesky, (3,))])(torch.zeros(5, 3)).shape
-        torch.Size([5, 2, 2])
-    """
-
-    def __init__(self, transforms: Sequence[Transform]) -> None:
-        super().__init__(transforms)
-        self.domain, self.codomain = self[0].domain, self[len(self) - 1].codomain
-
-    def _total(self, terms: Any) -> Tensor:
-        return sum(log_det for _, log_det in terms)
-
-    def condition(self, context: Tensor) -> FlowTransform:
-        """Each part at the context: as one, its batch would be taken for a dimension of the matrix."""
-        return self if self.context_dim == 0 else Onto([part.condition(context) for part in self])
 
 
 def describe(constraint: constraints.Constraint | None) -> Any:

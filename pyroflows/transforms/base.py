@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any, Literal, NamedTuple, TypeVar
 
@@ -226,11 +226,6 @@ class FlowTransform(TransformModule, ConditionalTransform):
         # Not NotImplementedError, as in torch: torch.jit asks every module hasattr(module, "sign").
         raise AttributeError(f"{type(self).__name__} does not say the sign of its Jacobian determinant.")
 
-    @property
-    def event_size(self) -> int:
-        """How many trailing dimensions of a tensor belong to one point, also where ``event_dim`` is 0."""
-        return max(1, self.domain.event_dim)
-
     def forward_shape(self, shape: Sequence[int]) -> torch.Size:
         """The shape of ``y`` for an ``x`` of the given shape."""
         return torch.Size(shape)
@@ -443,16 +438,17 @@ class Conditioned(FlowTransform):
         """The inverse of the transform at the fixed context."""
         return self.transform.inverse_and_log_det(y, self.context)
 
-    def _broadcast(self, shape: Sequence[int]) -> torch.Size:
-        return torch.broadcast_shapes(shape, (*self.context.shape[:-1], *(1,) * self.event_size))
+    def _broadcast(self, shape: Sequence[int], event_dim: int) -> torch.Size:
+        # An entry is a point of a layer with no event dimension, but the context belongs to the row it is in.
+        return torch.broadcast_shapes(shape, (*self.context.shape[:-1], *(1,) * max(1, event_dim)))
 
     def forward_shape(self, shape: Sequence[int]) -> torch.Size:
         """The transform's own, broadcast with the context's batch shape."""
-        return self._broadcast(self.transform.forward_shape(shape))
+        return self._broadcast(self.transform.forward_shape(shape), self.codomain.event_dim)
 
     def inverse_shape(self, shape: Sequence[int]) -> torch.Size:
         """The transform's own, broadcast with the context's batch shape."""
-        return self._broadcast(self.transform.inverse_shape(shape))
+        return self._broadcast(self.transform.inverse_shape(shape), self.domain.event_dim)
 
     def __getstate__(self) -> dict[str, Any]:
         state = super().__getstate__()
@@ -558,6 +554,8 @@ def _raised(constraint: constraints.Constraint, event_dim: int) -> constraints.C
 class Compose(FlowTransform):
     r"""One transform after another: :math:`y = f_n(\ldots f_1(x))`, itself a transform.
 
+    The log-det of a part that works on fewer dimensions than a point has is summed over the others.
+
     Args:
         transforms: the parts, first to last. A transform of torch or Pyro is wrapped; parts that read a
             context must agree on its width, the others ignore it.
@@ -582,9 +580,12 @@ class Compose(FlowTransform):
             )
         super().__init__(max(widths, default=0))
         self.transforms = nn.ModuleList(parts)
-        event_dim = max(max(part.domain.event_dim, part.codomain.event_dim) for part in parts)
-        self.domain = _raised(parts[0].domain, event_dim)
-        self.codomain = _raised(parts[-1].codomain, event_dim)
+        # A part may lead from vectors to matrices: how many dimensions a point has gained before each, and in all.
+        *before, gained = itertools.accumulate((p.codomain.event_dim - p.domain.event_dim for p in parts), initial=0)
+        own = [part.domain.event_dim - gain for part, gain in zip(parts, before, strict=True)]
+        self._surplus = [max(own) - dims for dims in own]  # the dimensions of a point that a part takes for a batch
+        self.domain = _raised(parts[0].domain, max(own))
+        self.codomain = _raised(parts[-1].codomain, max(own) + gained)
         self._claim_as(*parts)
 
     @property
@@ -601,26 +602,23 @@ class Compose(FlowTransform):
     def __getitem__(self, index: int) -> FlowTransform:
         return self.transforms[index]  # type: ignore[return-value]
 
-    def _total(self, terms: Iterable[tuple[FlowTransform, Tensor]]) -> Tensor:
-        return sum(sum_last(term, self.event_dim - part.domain.event_dim) for part, term in terms)  # type: ignore[return-value]
-
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The parts in turn, their log-dets added."""
         self.check_context(context)
         terms = []
-        for part in self:
+        for part, surplus in zip(self, self._surplus, strict=True):
             x, log_det = part.forward_and_log_det(x, context)
-            terms.append((part, log_det))
-        return x, self._total(terms)
+            terms.append(sum_last(log_det, surplus))
+        return x, sum(terms)  # type: ignore[return-value]
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The parts' inverses in reverse, their log-dets added."""
         self.check_context(context)
         terms = []
-        for part in reversed(self):
+        for part, surplus in zip(reversed(self), reversed(self._surplus), strict=True):
             y, log_det = part.inverse_and_log_det(y, context)
-            terms.append((part, log_det))
-        return y, self._total(terms)
+            terms.append(sum_last(log_det, surplus))
+        return y, sum(terms)  # type: ignore[return-value]
 
     def initialize(self, y: Tensor, context: Tensor | None = None) -> None:
         """Initializes each part with the data as they reach it."""
