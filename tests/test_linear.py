@@ -116,6 +116,20 @@ def test_n27_the_log_det_of_a_tiny_pivot_is_exact():
     torch.testing.assert_close(layer.inverse_and_log_det(layer.forward_and_log_det(x)[0])[0], x)
 
 
+def test_the_shift_of_an_lu_layer_comes_first_so_a_large_one_is_not_solved_for():
+    """Solving for y - b would multiply the rounding of a large b by the inverse of the matrix, here 300."""
+    layer = T.LULinear(D)
+    with torch.no_grad():
+        layer.diagonal.fill_(-6.0)
+        layer.bias.fill_(1000.0)
+    y = torch.randn(50, D, generator=torch.Generator().manual_seed(0))
+    exact = T.LULinear(D).double()
+    exact.load_state_dict(layer.state_dict())
+    torch.testing.assert_close(exact(torch.zeros(D, dtype=torch.float64)), (matrix_of(exact) @ exact.bias).detach())
+    off = (layer.inverse_and_log_det(y)[0].double() - exact.inverse_and_log_det(y.double())[0]).abs().max()
+    assert off < 4e-4  # half a unit in the last place of 2000 and of a solve, and not 300 times as much
+
+
 def test_low_rank_is_a_diagonal_and_a_low_rank():
     layer = drawn(T.LowRankLinear(6, 2))
     zero = torch.zeros(6, dtype=torch.float64)

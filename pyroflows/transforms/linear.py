@@ -163,13 +163,14 @@ def _rank_one(u: Tensor, v: Tensor) -> Factor:
 # --- layers ----------------------------------------------------------------------------------------------
 
 
-@with_variants({"permutation": "reverse"})
+@with_variants({"permutation": "random"})
 class LULinear(Linear):
-    r"""A linear map with a triangular factorisation: :math:`y = P L U x + b`, starting at :math:`P x`.
+    r"""A linear map with a triangular factorisation: :math:`y = P L U (x + b)`, starting at :math:`P x`.
 
     :math:`L` is unit lower triangular, :math:`U` upper triangular with a positive diagonal, and entries off the
     diagonals are scaled by :math:`1 / \sqrt{D}`. :math:`P` is a fixed permutation, a buffer. With the right one
-    every invertible matrix is of this form up to the signs of the diagonal.
+    every invertible matrix is of this form up to the signs of the diagonal. The shift comes first: the inverse then
+    solves for :math:`y` itself, and a large shift cannot carry the last digits of :math:`L` and :math:`U` into it.
 
     Args:
         input_dim: the number of coordinates, :math:`D`.
@@ -187,6 +188,7 @@ class LULinear(Linear):
         tensor([1., 2.])
     """
 
+    shift_first = True
     permutation: Tensor
     back: Tensor
 

@@ -49,6 +49,8 @@ class Factor(NamedTuple):
 class Linear(FlowTransform):
     r"""A linear layer by its factors, :math:`y = F_1 F_2 \cdots F_n x + b`; a subclass says which.
 
+    With ``shift_first`` it is :math:`y = F_1 F_2 \cdots F_n (x + b)`.
+
     Args:
         input_dim: the number of coordinates, :math:`D`.
         initial: the starting value of each parameter of the factors.
@@ -74,10 +76,16 @@ class Linear(FlowTransform):
         self.declare_parameters(hidden_dims=hidden_dims, activation=activation, **initial, **shift)
 
     dense = True  # whether one matrix for all rows is better multiplied out than applied factor by factor
+    shift_first = False  # whether the bias is added before the factors are applied, and not after
 
     def factors(self, raw: Mapping[str, Tensor]) -> Sequence[Factor]:
         """The factors from the left to the right, from the declared parameters in at least float32."""
         raise NotImplementedError
+
+    def _shifts(self, raw: Mapping[str, Tensor]) -> tuple[Any, Any]:
+        """What is added before the factors are applied, and what after."""
+        bias = raw.get("bias", 0.0)
+        return (bias, 0.0) if self.shift_first else (0.0, bias)
 
     def _product(self, value: Tensor, raw: Mapping[str, Tensor], back: bool) -> tuple[Tensor, Tensor]:
         """The product with ``F_1 .. F_n``, or with its inverse, and the log of its determinant."""
@@ -98,15 +106,18 @@ class Linear(FlowTransform):
         """The product with each factor, the last one first, and the sum of their log-dets."""
         self.check_width(x, self.input_dim)
         raw = self.parameters_of(context)
-        y, log_det = self._product(x, raw, back=False)
-        y = y + raw.get("bias", 0.0)
+        before, after = self._shifts(raw)
+        y, log_det = self._product(x + before, raw, back=False)
+        y = y + after
         return y, log_det.expand(y.shape[:-1])
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Each factor solved for, the first one first, and minus the sum of their log-dets."""
         self.check_width(y, self.input_dim)
         raw = self.parameters_of(context)
-        x, log_det = self._product(y - raw.get("bias", 0.0), raw, back=True)
+        before, after = self._shifts(raw)
+        x, log_det = self._product(y - after, raw, back=True)
+        x = x - before
         return x, -log_det.expand(x.shape[:-1])
 
 
