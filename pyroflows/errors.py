@@ -14,6 +14,7 @@ __all__ = [
     "ConstantColumn",
     "ContextError",
     "DataError",
+    "DtypeError",
     "GuideNotSetUp",
     "InverseNotConverged",
     "LawViolation",
@@ -51,6 +52,10 @@ class OptionError(PyroflowsError, ValueError):
 
 class ShapeError(PyroflowsError, ValueError):
     """A tensor's shape does not fit the layer or flow that it was given to."""
+
+
+class DtypeError(PyroflowsError, TypeError):
+    """A tensor has another dtype than the flow that it was given to, or is no tensor."""
 
 
 class ContextError(PyroflowsError, ValueError):

@@ -393,3 +393,33 @@ def test_pytest_plugin(tmp_path):
     )
     assert run.returncode == 0, run.stdout
     assert "1 passed" in run.stdout
+
+
+class Flipped(FlowTransform):
+    """A layer on images of any size, which no attribute tells."""
+
+    domain = codomain = torch.distributions.constraints.independent(torch.distributions.constraints.real, 3)
+
+    def forward_and_log_det(self, x, context=None):
+        if x.dim() < 3 or x.shape[-1] != 2 * x.shape[-2]:
+            raise errors.ShapeError("expected images twice as wide as high")
+        return x.flip(-1), x.new_zeros(x.shape[:-3])
+
+    inverse_and_log_det = forward_and_log_det
+
+
+def test_the_caller_says_the_shape_of_a_point():
+    with pytest.raises(errors.OptionError, match=r"input_dim=\(3, 8, 8\)"):
+        pf.check(Flipped())
+    report = pf.check(Flipped(), input_dim=(2, 3, 6), laws=["round_trip", "log_det", "shapes"])
+    assert report.ok
+    with pytest.raises(errors.OptionError, match=r"takes no points of shape \(2, 3, 5\)"):
+        pf.check(Flipped(), input_dim=(2, 3, 5))
+    with pytest.raises(errors.OptionError, match="knows its own"):
+        pf.check(pf.flow("maf", input_dim=2), input_dim=2)
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+def test_a_layer_that_says_its_shape_is_asked(backwards):
+    layer = pf.transforms.Squeeze((1, 2, 6))
+    assert pf.check(layer.inv if backwards else layer, laws=["round_trip", "log_det"]).ok

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,11 +13,32 @@ from torch.distributions import constraints
 
 from pyroflows.distributions.base import Base
 from pyroflows.distributions.support import Support, as_constraint, describe, is_real, onto, restore
-from pyroflows.errors import ContextError, OptionError, ShapeError
+from pyroflows.errors import ContextError, DtypeError, OptionError, ShapeError
 from pyroflows.numerics import sum_last
 from pyroflows.transforms import Compose, FlowTransform
 
 __all__ = ["Flow", "FlowDistribution", "Standardize"]
+
+
+def _check_points(value: Tensor, shape: torch.Size) -> None:
+    """Raises `ShapeError` unless the trailing dimensions are those of a point."""
+    if value.shape[value.dim() - len(shape) :] != shape:
+        expected = ", ".join(["*batch", *map(str, shape)])
+        hint = "x.unsqueeze(-1) makes points of numbers." if shape == (1,) else "Batch dimensions go in front."
+        raise ShapeError(f"expected points of shape [{expected}], got {tuple(value.shape)}. {hint}")
+
+
+def _check_dtype(value: Tensor, dtype: torch.dtype, what: str) -> None:
+    """Raises `DtypeError` if a tensor has more digits than a flow of this dtype."""
+    if value.dtype != dtype and torch.promote_types(value.dtype, dtype) != dtype:
+        raise _dtype_error(value, dtype, what)
+
+
+def _dtype_error(value: Tensor, dtype: torch.dtype, what: str) -> DtypeError:
+    have, want = (str(t).removeprefix("torch.") for t in (value.dtype, dtype))
+    casts = {"float32": "float()", "float64": "double()"}
+    there = f", or flow.{casts.get(have, f'to(torch.{have})')}" if value.is_floating_point() else ""
+    return DtypeError(f"the flow is {want} and {what} is {have}: {what}.{casts.get(want, f'to(torch.{want})')}{there}.")
 
 
 class FlowDistribution(dist.TransformedDistribution):
@@ -29,10 +51,39 @@ class FlowDistribution(dist.TransformedDistribution):
     """
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """The log-density ``[*sample, *batch]`` in nats of ``value`` ``[*sample, *batch, *event]``."""
+        """The log-density ``[*sample, *batch]`` in nats of ``value`` ``[*sample, *batch, *event]``.
+
+        Raises:
+            ShapeError: ``value`` holds no points of this distribution, or their batch is another one.
+            DtypeError: ``value`` has more digits than the flow, or is no tensor.
+        """
+        self._check(value)
         if self._validate_args and value.numel():  # torch's constraints cannot look at an empty batch
             self._validate_sample(value)
-        return self._score(*self._transform.invert(value))
+        transform = self._transform
+        try:
+            x, log_det = transform.invert(value)
+        except RuntimeError as error:
+            tensors = itertools.chain(transform.parameters(), transform.buffers())
+            dtype = next((t.dtype for t in tensors if t.is_floating_point()), value.dtype)
+            if dtype == value.dtype:
+                raise
+            raise _dtype_error(value, dtype, "x") from error
+        return self._score(x, log_det)
+
+    def _check(self, value: Tensor) -> None:
+        if not isinstance(value, Tensor):
+            raise DtypeError(f"expected a tensor, got {type(value).__name__}: give torch.as_tensor(x).")
+        _check_points(value, self.event_shape)
+        if self.batch_shape:
+            batch = value.shape[: value.dim() - len(self.event_shape)]
+            pairs = zip(reversed(batch), reversed(self.batch_shape), strict=False)
+            if any(a != b and a != 1 and b != 1 for a, b in pairs):
+                raise ShapeError(
+                    f"points of batch shape {tuple(batch)} do not go with a distribution of batch shape "
+                    f"{tuple(self.batch_shape)}: expected a point for each context. Contexts [n, 1, context_dim] "
+                    "score all points under each."
+                )
 
     def rsample_with_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
         """Differentiable samples and their log-densities, in one pass and without a memo.
@@ -66,6 +117,10 @@ class Standardize(FlowTransform):
     Args:
         shape: the shape of one point.
 
+    Raises:
+        ShapeError: of both directions, for points of another shape.
+        DtypeError: of both directions, for points with more digits than the shift and scale.
+
     Example:
         >>> layer = Standardize((2,))
         >>> layer.set(torch.tensor([1.0, 2.0]), torch.tensor([3.0, 4.0]))
@@ -89,16 +144,22 @@ class Standardize(FlowTransform):
             self.loc.copy_(loc)
             self.scale.copy_(scale)
 
+    def _check(self, value: Tensor) -> None:
+        _check_points(value, self.loc.shape)
+        _check_dtype(value, self.loc.dtype, "x")
+
     def _log_det(self, value: Tensor) -> Tensor:
-        return sum_last(torch.log(self.scale), self.loc.dim()).expand(value.shape[: -self.loc.dim()])
+        return sum_last(torch.log(self.scale), self.loc.dim()).expand(value.shape[: value.dim() - self.loc.dim()])
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``loc + scale x``."""
+        self._check(x)
         y = self.loc + self.scale * x
         return y, self._log_det(y)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``(y - loc) / scale``."""
+        self._check(y)
         x = (y - self.loc) / self.scale
         return x, -self._log_det(x)
 
@@ -164,6 +225,11 @@ class Flow(nn.Module):
     def input_dim(self) -> int:
         """The number of coordinates of a point."""
         return self.event_shape.numel()
+
+    @property
+    def data_shape(self) -> torch.Size:
+        """The shape of a point of the data; on a support it may be another than ``event_shape``."""
+        return self.transform.forward_shape(self.base().event_shape)
 
     @property
     def standardizes(self) -> bool:
@@ -248,16 +314,24 @@ class Flow(nn.Module):
 
         Raises:
             ContextError: a context is missing, unexpected, or of the wrong width.
+            DtypeError: the context has more digits than the flow.
         """
+        scaled = self._read(context)
+        transform = self.transform if scaled is None else self.transform.condition(scaled)
+        return FlowDistribution(self.base(), [transform])
+
+    def _read(self, context: Tensor | None) -> Tensor | None:
+        """The context as the layers read it, checked."""
         if context is None:
             if self.context_dim:
                 raise ContextError(f"this flow was built with context_dim={self.context_dim}: call flow(context).")
-            return FlowDistribution(self.base(), [self.transform])
+            return None
         if not self.context_dim:
             raise ContextError("this flow was built without a context (context_dim=0): call flow().")
-        self.transform.check_context(context)
-        scaled = (context - self.context_loc) / self.context_scale
-        return FlowDistribution(self.base(), [self.transform.condition(scaled)])
+        if context.dim() == 0 or context.shape[-1] != self.context_dim:
+            raise ContextError(f"expected a context of shape [*batch, {self.context_dim}], got {tuple(context.shape)}.")
+        _check_dtype(context, self.context_loc.dtype, "context")
+        return (context - self.context_loc) / self.context_scale
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         """Sets the starting values of layers that take them from data (`ActNorm`), from rows ``x``.
@@ -265,8 +339,5 @@ class Flow(nn.Module):
         Raises:
             ShapeError: the rows are not points of this flow.
         """
-        if x.shape[-len(self.event_shape) :] != self.transform.forward_shape(self.event_shape):
-            raise ShapeError(f"expected points of shape {tuple(self.event_shape)}, got {tuple(x.shape)}.")
-        if context is not None:
-            context = (context - self.context_loc) / self.context_scale
-        self.transform.initialize(x, context)
+        _check_points(x, self.data_shape)
+        self.transform.initialize(x, self._read(context))

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from pyroflows.distributions.flow import Flow, FlowDistribution
 from pyroflows.distributions.support import Support
-from pyroflows.errors import ContextError, NotReparametrized, OptionError
+from pyroflows.errors import NotReparametrized, OptionError
 from pyroflows.nets import MLP
 from pyroflows.plugins import flow as flow_by_name
 from pyroflows.transforms import Compose, Permutation, affine
@@ -173,17 +173,6 @@ class Mixture(Flow):
         """The flows that are mixed, before the standardiser."""
         return self.base.components  # type: ignore[return-value]
 
-    def _at(self, context: Tensor | None) -> MixtureDistribution:
-        if context is None:
-            if self.context_dim:
-                raise ContextError(f"this flow was built with context_dim={self.context_dim}: call flow(context).")
-            return self.base()
-        if not self.context_dim:
-            raise ContextError("this flow was built without a context (context_dim=0): call flow().")
-        if context.dim() == 0 or context.shape[-1] != self.context_dim:
-            raise ContextError(f"expected a context of shape [*batch, {self.context_dim}], got {tuple(context.shape)}.")
-        return self.base((context - self.context_loc) / self.context_scale)
-
     def forward(self, context: Tensor | None = None) -> FlowDistribution:
         """The distribution, with the context's batch shape.
 
@@ -193,7 +182,7 @@ class Mixture(Flow):
         Raises:
             ContextError: a context is missing, unexpected, or of the wrong width.
         """
-        return FlowDistribution(self._at(context), [self.transform])
+        return FlowDistribution(self.base(self._read(context)), [self.transform])
 
     def responsibilities(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """How likely each component is for a point, ``[*batch, K]``.
@@ -203,7 +192,7 @@ class Mixture(Flow):
             context: ``[*batch, context_dim]`` if the flow reads one.
         """
         z, _ = self.transform.inverse_and_log_det(x)
-        return torch.softmax(self._at(context).component_log_prob(z), -1)
+        return torch.softmax(self.base(self._read(context)).component_log_prob(z), -1)
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         """Moves the components apart: each starts around another row, the rows far from one another."""

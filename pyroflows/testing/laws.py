@@ -166,7 +166,12 @@ def check_guide(
 
 
 def check(
-    obj: Any, *, seed: int = 0, laws: Sequence[str] | None = None, dtypes: Sequence[torch.dtype] = DTYPES
+    obj: Any,
+    *,
+    input_dim: Dim | None = None,
+    seed: int = 0,
+    laws: Sequence[str] | None = None,
+    dtypes: Sequence[torch.dtype] = DTYPES,
 ) -> Report:
     """Checks the laws on a transform, flow or guide of your own, at its present parameters and near them.
 
@@ -175,6 +180,8 @@ def check(
 
     Args:
         obj: a `FlowTransform`, a `Flow`, or a guide class.
+        input_dim: the number of coordinates of a transform, or the shape of its points such as ``(3, 8, 8)``, where it
+            takes several or does not tell: a layer built without a name.
         seed: of all random numbers.
         laws: the names of the laws to check, all by default.
         dtypes: float32, float64 or both; the parameters are rounded to float32 first.
@@ -184,7 +191,7 @@ def check(
 
     Raises:
         LawViolation: a law is broken. The message lists every violation.
-        OptionError: the object is none of these, or there is no such law.
+        OptionError: the object is none of these, or there is no such law, or nobody knows the shape of its points.
 
     Example:
         >>> import pyroflows as pf
@@ -192,10 +199,13 @@ def check(
         3
     """
     options: dict[str, Any] = {"seed": seed, "laws": laws}
+    if input_dim is not None and not isinstance(obj, FlowTransform):
+        raise OptionError(f"input_dim goes with a transform; a {type(obj).__name__} knows its own.")
     if isinstance(obj, FlowTransform | Flow):
         known = TRANSFORM_LAWS if isinstance(obj, FlowTransform) else FLOW_LAWS
         group = "transforms" if isinstance(obj, FlowTransform) else "distributions"
-        return _run(_source(group, "check", obj, None), known, laws, (), (), (0.0, 0.1, 0.5), dtypes, seed)
+        sizes = () if input_dim is None else (input_dim,)
+        return _run(_source(group, "check", obj, None), known, laws, sizes, (), (0.0, 0.1, 0.5), dtypes, seed)
     if isinstance(obj, type) or callable(getattr(obj, "setup", None)):
         return check_guide(obj if isinstance(obj, type) else type(obj), **options)
     raise OptionError(f"expected a FlowTransform, a Flow or a guide, got {type(obj).__name__}.")
@@ -251,24 +261,44 @@ def _source(group: str, check: str, thing: Any, variants: Sequence[Mapping[str, 
     return _Source(check, label, group, build, tuple(own), input_dims=tuple(getattr(factory, "input_dims", ())))
 
 
+def _takes(transform: FlowTransform, shape: tuple[int, ...]) -> bool:
+    context = torch.zeros(transform.context_dim) if transform.context_dim else None
+    try:
+        image, _ = transform.forward_and_log_det(torch.full(shape, 0.5), context)
+        return image.shape == transform.forward_shape(shape)
+    except Exception:
+        return False
+
+
 def _own_shape(transform: FlowTransform) -> tuple[int, ...]:
-    """The shape of one point of a built transform."""
+    """The shape of one point of a built transform, as it was built or found by trying."""
     if transform.config is not None:
         dim = transform.config.input_dim
         return (dim,) if isinstance(dim, int) else tuple(dim)
-    context = torch.zeros(transform.context_dim) if transform.context_dim else None
-    declared = [getattr(module, "event_shape", None) for module in transform.modules()]
-    shapes: list[tuple[int, ...]] = [tuple(shape) for shape in declared if isinstance(shape, torch.Size)]
+    shapes: list[tuple[int, ...]] = []
+    for module in transform.modules():
+        if isinstance(shape := getattr(module, "event_shape", None), torch.Size):
+            shapes.append(tuple(shape))
+            if isinstance(module, FlowTransform):  # the inverse of a layer that says it takes its images
+                shapes.append(tuple(module.forward_shape(shape)))
     shapes += [(width,) for width in range(1, 257)]
     shapes += [(i, j) for i in range(1, 9) for j in range(1, 9)]
+    shapes += [(channels, side, side) for side in (4, 8) for channels in range(1, 17)]
     for shape in shapes:
-        try:
-            image, _ = transform.forward_and_log_det(torch.full(shape, 0.5), context)
-        except Exception:
-            continue
-        if image.shape == transform.forward_shape(shape):
+        if _takes(transform, shape):
             return shape
-    raise OptionError(f"cannot tell how many coordinates {type(transform).__name__} has; build it by name.")
+    raise OptionError(
+        f"cannot tell what the points of this {type(transform).__name__} are: say pf.check(..., input_dim=5), or their "
+        "shape, as in input_dim=(3, 8, 8)."
+    )
+
+
+def _said_shape(transform: FlowTransform, input_dim: Dim) -> tuple[int, ...]:
+    """The shape of one point as the caller has said it."""
+    shape = (input_dim,) if isinstance(input_dim, int) else tuple(input_dim)
+    if not _takes(transform, shape):
+        raise OptionError(f"this {type(transform).__name__} takes no points of shape {shape}, which input_dim says.")
+    return shape
 
 
 def _trials(group: str, dtypes: Sequence[torch.dtype]) -> Trials:
@@ -355,7 +385,12 @@ def _sizes(
 ) -> Iterator[tuple[Any, Dim, int]]:
     """A new object of every size that the factory accepts."""
     if source.built is not None:
-        shape = _own_shape(source.built) if source.group == "transforms" else tuple(source.built.event_shape)
+        if source.group != "transforms":
+            shape = tuple(source.built.event_shape)
+        elif source.check == "check" and input_dims:
+            shape = _said_shape(source.built, input_dims[0])
+        else:
+            shape = _own_shape(source.built)
         yield source.built, shape[0] if len(shape) == 1 else shape, source.built.context_dim
         return
     # A factory that names its own sizes, those of images, takes none that is a number.
@@ -390,7 +425,7 @@ def _verdict(report: Report) -> Report:
     for name, tally in report.tallies.items():
         total = tally.checked + tally.skipped
         # At pre-activations of 200 a stack of layers is finite, which is always checked, and rarely has digits left.
-        if total >= MANY and tally.checked < SHARE * total and name != "extreme_parameters":
+        if total >= MANY and tally.checked < SHARE * total and name not in UNCOUNTED:
             text = f"only {tally.checked} of {total} numbers have any digit left to compare"
             report.violate(name, f"  {name}: {text}")
     if not report.draws:

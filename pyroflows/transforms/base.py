@@ -465,6 +465,7 @@ class Wrapped(FlowTransform):
 
     Raises:
         OptionError: the transform is not bijective.
+        ShapeError: of both directions, for points that it does not map.
 
     Example:
         >>> from torch.distributions.transforms import ExpTransform
@@ -486,13 +487,27 @@ class Wrapped(FlowTransform):
         """The sign of the Jacobian determinant."""
         return self.transform.sign
 
+    def _check(self, value: Tensor, of: constraints.Constraint, shape: Callable[[torch.Size], Any]) -> None:
+        try:
+            shape(value.shape)  # torch's transforms refuse here what they do not map
+        except ValueError as error:
+            raise ShapeError(
+                f"the map to {self.codomain} takes no points of shape {tuple(value.shape)}: {error}"
+            ) from error
+        if value.dim() < of.event_dim:
+            raise ShapeError(
+                f"the map to {self.codomain} expected points of {of.event_dim} dimensions, got {value.dim()}."
+            )
+
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The transform and its ``log_abs_det_jacobian``."""
+        self._check(x, self.domain, self.transform.forward_shape)
         y = self.transform(x)
         return y, sum_last(self.transform.log_abs_det_jacobian(x, y), 0)
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The inverse of the transform, and minus its ``log_abs_det_jacobian``."""
+        self._check(y, self.codomain, self.transform.inverse_shape)
         x = self.transform.inv(y)
         return x, -sum_last(self.transform.log_abs_det_jacobian(x, y), 0)
 
