@@ -188,6 +188,26 @@ def test_N34_angles_are_steered_by_those_before_them_alone(order, hidden_dims, c
                 assert float(jacobian[i, j]) != 0
 
 
+@pytest.mark.parametrize("hidden_dims", [(), (9, 9)])
+@pytest.mark.parametrize("context_dim", [0, 2])
+@pytest.mark.parametrize("map", ["spline", "moebius"])
+def test_angles_are_found_in_one_sweep_as_by_passes(map, context_dim, hidden_dims):
+    """Values and gradients; the network reads two numbers of each angle, and the gradient goes through both."""
+    options = {"hidden_dims": hidden_dims, "residual": True, "activation": "tanh", "context_dim": context_dim}
+    layer = perturbed(CircularAutoregressive(5, map, order=[3, 0, 2, 1, 4], **options), 0.7)
+    y = ((2 * torch.rand(3, 5, dtype=torch.float64) - 1) * 3).requires_grad_()
+    context = torch.randn(2, 1, 2, dtype=torch.float64, requires_grad=True) if context_dim else None
+    leaves = [y, *layer.parameters(), *([] if context is None else [context])]
+    results = []
+    for x, log_det in (layer.inverse_and_log_det(y, context), layer._by_passes(y, context)):
+        weights = torch.arange(5, dtype=torch.float64) - 2
+        loss = (weights * torch.sin(x)).sum() + log_det.square().sum()
+        results.append([x, log_det, *torch.autograd.grad(loss, leaves, materialize_grads=True)])
+    assert layer.net.unrolls
+    for swept, passed in zip(*results, strict=True):
+        torch.testing.assert_close(swept, passed, rtol=1e-7, atol=1e-7)
+
+
 @pytest.mark.parametrize(
     "options", [{}, {"structure": "autoregressive", "base": "von_mises"}, {"map": "moebius", "bins": 3}]
 )

@@ -114,8 +114,8 @@ def ncsf(
         hidden_dims: the hidden widths of each layer's network, which reads cosines and sines.
         bins: the number of bins of a spline, or of centres of a Möbius mixture.
         map: the maps of the circle, `CircularSpline` or `Moebius`; the inverse of the latter is searched for.
-        structure: ``"coupling"``: both directions take one pass; ``"autoregressive"``: one of them takes
-            ``input_dim`` passes.
+        structure: ``"coupling"``: both directions take one pass; ``"autoregressive"``: one of them finds one angle
+            after another.
         direction: which direction of an autoregressive flow is the fast one.
         base: ``"uniform"``, or ``"von_mises"`` with concentration 1.
         activation: the activation of the networks.

@@ -133,6 +133,8 @@ class MADE(MLP):
         context_dim: the width of the context, 0 for none.
         activation: a name, a module class or a module.
         residual: add each hidden layer's input to its output; all hidden widths must then be equal.
+        features: what the network reads of a coordinate, from numbers ``[*shape]`` to ``[*shape, width]``; default the
+            number itself.
 
     Attributes:
         turn: which coordinate comes when.
@@ -161,12 +163,15 @@ class MADE(MLP):
         context_dim: int = 0,
         activation: Activation = "relu",
         residual: bool = False,
+        features: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         hidden_dims = check_widths(hidden_dims)
         plan = _plan(input_dim, order, adjacency, hidden_dims, context_dim)
+        width = 1 if features is None else features(torch.zeros(1, device="cpu")).shape[-1]
         masks = [*plan.masks[:-1], plan.masks[-1].repeat_interleave(params, 0)]
+        masks[0] = masks[0].repeat_interleave(width, 1)
         super().__init__(
-            input_dim,
+            input_dim * width,
             input_dim * params,
             hidden_dims=hidden_dims,
             context_dim=context_dim,
@@ -174,7 +179,7 @@ class MADE(MLP):
             residual=residual,
             masks=masks,
         )
-        self.params = params
+        self.input_dim, self.params, self.features, self.width = input_dim, params, features, width
         turn = sorted(range(input_dim), key=plan.levels.__getitem__)
         self.register_buffer("turn", torch.tensor(turn), persistent=False)
         self.passes = max(plan.levels) + 1
@@ -190,7 +195,15 @@ class MADE(MLP):
 
     def forward(self, x: Tensor | None, context: Tensor | None = None) -> Tensor:
         """The outputs ``[*batch, input_dim, params]`` for ``x`` ``[*batch, input_dim]``."""
+        if x is not None and self.features is not None:
+            x = self.features(x).flatten(-2)
         return super().forward(x, context).unflatten(-1, (-1, self.params))
+
+    def _read(self, x: Tensor) -> Tensor:
+        """What the first layer multiplies, ``[n * width, rows]``, of coordinates ``[n, rows]``."""
+        if self.features is not None:
+            x = self.features(x).movedim(-1, 1).flatten(0, 1)
+        return within_reach(x)
 
     def tensors(self) -> list[Tensor]:
         """All that the outputs depend on beside the input and the context."""
@@ -202,7 +215,7 @@ class MADE(MLP):
         ``[input_dim, params, units]``, and its bias.
         """
         weights = [layer.masked_weight() for layer in self.layers]  # type: ignore[operator]
-        weights[0] = weights[0].index_select(1, self.turn)
+        weights[0] = weights[0].unflatten(1, (-1, self.width)).index_select(1, self.turn).flatten(1)
         last = weights.pop().unflatten(0, (-1, self.params)).index_select(0, self.turn)
         bias = self.layers[-1].bias.unflatten(0, (-1, self.params)).index_select(0, self.turn)  # type: ignore[operator]
         return weights, last, bias
@@ -227,9 +240,9 @@ class MADE(MLP):
             ``[rows, input_dim]``, without gradient.
         """
         weights, last, last_bias = self._columns()
-        rows, depth = len(like), len(weights)
-        found = like.new_empty(self.in_features, rows)
-        active = [torch.empty_like(found), *(like.new_empty(len(weight), rows) for weight in weights)]
+        rows, depth, width = len(like), len(weights), self.width
+        found = like.new_empty(self.input_dim, rows)
+        active = [like.new_empty(self.in_features, rows), *(like.new_empty(len(weight), rows) for weight in weights)]
         before = [torch.empty_like(units) for units in active[1:]] if self.residual else []
         offsets = [self._offset(number, context) for number in range(depth)]
         if not depth and context is not None:
@@ -238,16 +251,17 @@ class MADE(MLP):
         for some in range(0, self.passes, BLOCK):
             block = self._stages[some : some + BLOCK]
             # What the units and outputs of a block of stages owe to all earlier ones is one product each.
-            old = (block[0].first, *(start for start, _ in block[0].units))
+            begin, end = block[0].first, block[-1].last
+            old = (begin * width, *(start for start, _ in block[0].units))
             ends = [stop for _, stop in block[-1].units]
             begun = [
                 weights[n][old[n + 1] : ends[n], : old[n]] @ active[n][: old[n]] + offsets[n][old[n + 1] : ends[n]]
                 for n in range(depth)
             ]
-            outputs = active[-1][: old[-1]].mT @ last[old[0] : block[-1].last, :, : old[-1]].flatten(0, 1).mT
-            outputs = outputs.unflatten(-1, (-1, self.params)) + last_bias[..., old[0] : block[-1].last, :]
+            outputs = active[-1][: old[-1]].mT @ last[begin:end, :, : old[-1]].flatten(0, 1).mT
+            outputs = outputs.unflatten(-1, (-1, self.params)) + last_bias[..., begin:end, :]
             for first, last_one, units in block:
-                known = first
+                known = first * width
                 for n, (start, stop) in enumerate(units):
                     if stop > start:
                         new = weights[n][start:stop, old[n] : known] @ active[n][old[n] : known]
@@ -260,9 +274,9 @@ class MADE(MLP):
                 matrix = last[first:last_one, :, old[-1] : known].flatten(0, 1)
                 new = (active[-1][old[-1] : known].mT @ matrix.mT).unflatten(-1, (-1, self.params))
                 coordinates = self.turn[first:last_one]
-                values = find(coordinates, (outputs[:, first - old[0] : last_one - old[0]] + new).to(like.dtype)).mT
+                values = find(coordinates, (outputs[:, first - begin : last_one - begin] + new).to(like.dtype)).mT
                 found[coordinates] = values
-                active[0][first:last_one] = within_reach(values)
+                active[0][first * width : last_one * width] = self._read(values)
         return found.mT.contiguous()
 
     @torch.no_grad()
@@ -282,10 +296,13 @@ class MADE(MLP):
             :math:`v` ``[rows, input_dim]``, without gradient.
         """
         weights, last, _ = self._columns()
-        depth = len(weights)
-        inputs = x.index_select(-1, self.turn).mT
-        reach = within_reach(inputs)
-        slopes, below, hidden = [], reach, None
+        depth, width = len(weights), self.width
+        with torch.enable_grad():
+            inputs = x.detach().index_select(-1, self.turn).mT.requires_grad_()
+            below = self._read(inputs)
+            sums = below.unflatten(0, (-1, width)).sum((0, 2))
+            rates = torch.stack([torch.autograd.grad(s, inputs, retain_graph=True)[0] for s in sums], 1)
+        slopes, below, hidden = [], below.detach(), None
         for number, weight in enumerate(weights):
             new = weight @ below + self._offset(number, context)
             hidden = new + hidden if self.residual and hidden is not None else new
@@ -296,17 +313,17 @@ class MADE(MLP):
             slopes.append(rise)
             below = below.detach()
         found = torch.empty_like(x)
-        by_output = x.new_empty(self.in_features, self.params, len(x))
+        by_output = x.new_empty(self.input_dim, self.params, len(x))
         by_unit = [torch.empty_like(units) for units in slopes]
         for first, last_one, units in reversed(self._stages):
             coordinates = self.turn[first:last_one]
-            g = gradient.index_select(-1, coordinates).mT
+            g, read = gradient.index_select(-1, coordinates).mT, slice(first * width, last_one * width)
             if depth:
                 later = units[0][1]
-                into = weights[0][later:, first:last_one].mT @ by_unit[0][later:]
+                into = weights[0][later:, read].mT @ by_unit[0][later:]
             else:
-                into = last[last_one:, :, first:last_one].flatten(0, 1).mT @ by_output[last_one:].flatten(0, 1)
-            into = torch.where(reach[first:last_one] == inputs[first:last_one], into, 0)
+                into = last[last_one:, :, read].flatten(0, 1).mT @ by_output[last_one:].flatten(0, 1)
+            into = (rates[first:last_one] * into.unflatten(0, (-1, width))).sum(1)
             v = (g - into) / slope.index_select(-1, coordinates).mT
             found[:, coordinates] = v.mT
             by_output[first:last_one] = by_outputs.index_select(-2, coordinates).permute(1, 2, 0) * v.unsqueeze(1)

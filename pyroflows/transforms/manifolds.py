@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,8 +19,7 @@ from torch import Tensor, nn
 from torch.distributions import ComposeTransform, biject_to, constraints, transform_to
 
 from pyroflows.errors import OptionError, ShapeError
-from pyroflows.nets import MLP, Activation
-from pyroflows.nets.mlp import check_widths
+from pyroflows.nets import MADE, MLP, Activation
 from pyroflows.numerics import bounded_log_scale, monotone_root, rational_quadratic
 from pyroflows.transforms.base import FlowTransform, with_variants
 from pyroflows.transforms.maps import NumericMap, UnivariateMap
@@ -70,8 +68,8 @@ class CircularSpline(SplineMap):
 
     The spline :math:`g` maps :math:`[-\pi, \pi]` onto itself with the same slope at both ends, so the density is
     continuous where they meet. The raw numbers are bounded, so that slopes at knots lie between 1/20 and 20, and bins
-    differ by a factor of 400 at most: what a steep layer loses to rounding, the next ones of a bounded space would
-    scatter over all of it.
+    differ by a factor of 400 at most, and the turn goes at most once round: what a layer loses to rounding, the next ones
+    of a bounded space would scatter over all of it.
 
     Args:
         bins: the number of bins, 2 to 500.
@@ -92,7 +90,7 @@ class CircularSpline(SplineMap):
         widths, heights, slopes = (bounded_log_scale(part, MAX_LOG_RATIO) for part in raw[:3])
         turn = raw[3]
         slopes = torch.cat([slopes, slopes[..., :1]], -1)
-        turn = wrap_angle(turn[..., 0])  # so that a large one costs no digits of the sum
+        turn = wrap_angle(bounded_log_scale(turn[..., 0], 2 * math.pi))
         value = wrap_angle(value - turn if inverse else value)
         result, log_slope = rational_quadratic(value, widths, heights, slopes, bound=math.pi, inverse=inverse)
         return wrap_angle(result if inverse else result + turn), log_slope
@@ -257,25 +255,8 @@ class CircularCoupling(Coupling):
         self.domain = self.codomain = TORUS
 
 
-class _CircularMADE(MLP):
-    """A masked network on the cosines and sines of angles: the outputs for one see only the angles before it."""
-
-    def __init__(self, input_dim: int, params: int, ranks: Sequence[int], context_dim: int, **network: Any) -> None:
-        lowest = 0 if context_dim else min(1, input_dim - 1)
-        degrees = [torch.tensor(ranks).repeat(2) + 1]
-        degrees += [
-            lowest + torch.arange(width) * (input_dim - lowest) // width
-            for width in check_widths(network["hidden_dims"])
-        ]
-        masks = [later[:, None] >= earlier for earlier, later in pairwise(degrees)]
-        masks.append(torch.tensor(ranks).repeat_interleave(params)[:, None] >= degrees[-1])
-        super().__init__(2 * input_dim, input_dim * params, context_dim=context_dim, masks=masks, **network)
-        self.params = params
-
-    def forward(self, x: Tensor | None, context: Tensor | None = None) -> Tensor:
-        """The outputs ``[*batch, input_dim, params]`` for angles ``[*batch, input_dim]``."""
-        seen = None if x is None else torch.cat([torch.cos(x), torch.sin(x)], -1)
-        return super().forward(seen, context).unflatten(-1, (-1, self.params))
+def _on_circle(angle: Tensor) -> Tensor:
+    return torch.stack([torch.cos(angle), torch.sin(angle)], -1)
 
 
 class CircularAutoregressive(Autoregressive):
@@ -312,20 +293,18 @@ class CircularAutoregressive(Autoregressive):
         residual: bool = False,
         **options: Any,
     ) -> None:
-        ranks = list(range(input_dim)) if order is None else [int(rank) for rank in order]
-        if sorted(ranks) != list(range(input_dim)):
-            raise OptionError(f"order must be a permutation of 0 .. {input_dim - 1}, got {ranks}.")
         built = _circle_map(map, **options)
-        net = _CircularMADE(
+        net = MADE(
             input_dim,
             built.params,
-            ranks,
-            context_dim,
+            order=order,
             hidden_dims=hidden_dims,
+            context_dim=context_dim,
             activation=activation,
             residual=residual,
+            features=_on_circle,
         )
-        super().__init__(built, input_dim, context_dim=context_dim, order=ranks, net=net)
+        super().__init__(built, input_dim, context_dim=context_dim, net=net)
         self.domain = self.codomain = TORUS
 
 
