@@ -238,12 +238,12 @@ def test_actnorms_of_a_glow_start_from_data_at_every_scale():
 
 
 @pytest.mark.parametrize("flip", [False, True])
-@pytest.mark.parametrize("split", ["channel", "checkerboard"])
-def test_what_steers_stays_and_moves_the_rest(split, flip):
-    layer = shaken(image_coupling((3, 4, 5), split=split, flip=flip, hidden_channels=8).double(), 1.0)
+@pytest.mark.parametrize("mask", ["split", "checkerboard"])
+def test_what_steers_stays_and_moves_the_rest(mask, flip):
+    layer = shaken(image_coupling((3, 4, 5), mask=mask, flip=flip, hidden_channels=8).double(), 1.0)
     x = torch.randn(2, 3, 4, 5).double()
     y = layer(x)
-    if split == "channel":
+    if mask == "split":
         steers = (torch.arange(3) < 1)[:, None, None].expand(3, 4, 5)
     else:
         steers = ((torch.arange(4)[:, None] + torch.arange(5)) % 2 == 0).expand(3, 4, 5)
@@ -289,7 +289,7 @@ def test_an_image_as_context_steers_where_it_is():
 
 
 def test_the_map_of_what_steers_does_no_harm():
-    layer = image_coupling((1, 2, 2), split="checkerboard", hidden_channels=4)
+    layer = image_coupling((1, 2, 2), mask="checkerboard", hidden_channels=4)
     x = torch.tensor([[[3e38, 0.5], [0.25, -3e38]]], requires_grad=True)
     y, log_det = layer.forward_and_log_det(x)
     (y[0, 0, 1] + log_det).backward()
@@ -508,8 +508,8 @@ REFUSED = {
     "squeeze of an odd side": lambda: Squeeze((1, 4, 5)),
     "haar of an odd side": lambda: Haar((1, 3, 4)),
     "a factor of zero": lambda: Squeeze((1, 4, 4), factor=0),
-    "one channel split": lambda: image_coupling((1, 4, 4), split="channel"),
-    "an unknown split": lambda: image_coupling((2, 4, 4), split="rows"),
+    "one channel split": lambda: image_coupling((1, 4, 4), mask="split"),
+    "an unknown mask": lambda: image_coupling((2, 4, 4), mask="rows"),
     "a context that is no image": lambda: image_coupling((2, 4, 4), context_dim=3, image_context=True),
     "no permutation": lambda: InvertibleConv1x1(3, [0, 0, 1]),
     "no channels": lambda: InvertibleConv1x1(0),

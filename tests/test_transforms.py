@@ -207,6 +207,35 @@ def test_coupling_moves_what_the_mask_leaves(mask):
     assert torch.allclose(layer.inv(y.clone()), x)
 
 
+@pytest.mark.parametrize(
+    ("mask", "flip", "steers"),
+    [
+        (None, False, [1, 1, 0, 0, 0]),
+        ("split", False, [1, 1, 0, 0, 0]),
+        ("split", True, [0, 0, 1, 1, 1]),
+        ("checkerboard", False, [1, 0, 1, 0, 1]),
+        ("checkerboard", True, [0, 1, 0, 1, 0]),
+        (torch.tensor([True, False, False, False, False]), False, [1, 0, 0, 0, 0]),
+        (np.array([1, 0, 0, 0, 0]), True, [0, 1, 1, 1, 1]),
+    ],
+)
+def test_masks_by_word(mask, flip, steers):
+    assert T.coupling_mask(mask, 5, flip=flip) == [bool(steer) for steer in steers]
+    if not flip:
+        for layer in (T.Coupling(T.Affine(), 5, mask=mask), T.coupling(5, mask=mask), T.CircularCoupling(5, mask=mask)):
+            assert layer.kept.tolist() == [i for i, steer in enumerate(steers) if steer]
+
+
+@pytest.mark.parametrize("name", ["realnvp", "nsf", "nice"])
+def test_flows_turn_their_masks_round(name):
+    for mask, first, second in (("split", [0, 1], [2, 3, 4]), ("checkerboard", [0, 2, 4], [1, 3])):
+        layers = [t for t in pf.flow(name, input_dim=5, transforms=2, mask=mask).modules() if isinstance(t, T.Coupling)]
+        assert [layer.kept.tolist() for layer in layers] == [first, second]
+        pf.flow(name, input_dim=1, mask=mask)().rsample((2,))
+    with pytest.raises(OptionError, match='"split", "checkerboard"'):
+        pf.flow(name, input_dim=5, mask="halves")
+
+
 def test_coupling_refuses_masks_that_move_nothing():
     with pytest.raises(OptionError, match="at least one of them False"):
         T.Coupling(T.Affine(), 2, mask=[True, True])

@@ -161,14 +161,14 @@ def realnvp_image(
     _positive(steps=steps)
     g = _coupling_map(map, options)
 
-    def couplings(shape: torch.Size, split: Literal["channel", "checkerboard"] | None) -> list[FlowTransform]:
+    def couplings(shape: torch.Size, mask: Literal["split", "checkerboard"] | None) -> list[FlowTransform]:
         layers: list[FlowTransform] = []
         for i in range(steps):
             coupling = ImageCoupling(
                 g,
                 shape,
                 context_dim=context_dim,
-                split=split,
+                mask=mask,
                 flip=i % 2 == 1,
                 hidden_channels=hidden_channels,
                 kernel_sizes=kernel_sizes,
@@ -254,7 +254,7 @@ def dequantizer(
             Affine(),
             shape,
             context_dim=shape.numel(),
-            split="checkerboard",
+            mask="checkerboard",
             flip=i % 2 == 1,
             hidden_channels=hidden_channels,
             kernel_sizes=kernel_sizes,

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from pyroflows.distributions.base import Base
 from pyroflows.distributions.flow import Flow
-from pyroflows.distributions.stack import alternating, directed, turned
+from pyroflows.distributions.stack import directed, turned
 from pyroflows.errors import OptionError
 from pyroflows.nets import Activation
 from pyroflows.transforms import (
@@ -28,6 +28,7 @@ from pyroflows.transforms import (
     EqualArea,
     FlowTransform,
     RationalSpline,
+    coupling_mask,
     with_input_dims,
     with_variants,
 )
@@ -145,7 +146,8 @@ def ncsf(
     def layer(i: int) -> FlowTransform:
         built = CIRCLE_MAPS[map](bins)
         if structure == "coupling":
-            return CircularCoupling(input_dim, built, mask=alternating(input_dim, i), **network)
+            mask = coupling_mask("checkerboard", input_dim, flip=i % 2 == 1)
+            return CircularCoupling(input_dim, built, mask=mask, **network)
         return CircularAutoregressive(input_dim, built, order=turned(input_dim, i), **network)
 
     each = layer if structure == "coupling" and direction == "score" else directed(layer, direction)

@@ -101,6 +101,7 @@ def nsf(
     bound: float = 5.0,
     structure: Literal["coupling", "autoregressive"] = "coupling",
     direction: Literal["score", "sample"] = "score",
+    mask: str | Sequence[bool] = "checkerboard",
     activation: Activation = "relu",
     residual: bool = False,
     linear: bool = False,
@@ -118,6 +119,8 @@ def nsf(
         structure: ``"coupling"``: both directions take one pass; ``"autoregressive"``: one of them
             finds one coordinate after another.
         direction: which direction of an autoregressive flow is the fast one.
+        mask: which coordinates steer the first coupling: ``"checkerboard"``, every other one, ``"split"``, the first
+            half, or booleans; the others steer the next one, and so on.
         activation: the activation of the networks.
         residual: whether their hidden layers have skip connections.
         linear: put an `LULinear` layer before each.
@@ -138,7 +141,7 @@ def nsf(
         )
     network = {"context_dim": context_dim, "hidden_dims": hidden_dims, "activation": activation, "residual": residual}
     if structure == "coupling":
-        layer = couplings(RationalSpline(bins, bound), input_dim, **network)
+        layer = couplings(RationalSpline(bins, bound), input_dim, mask, **network)
         return stack(layer, input_dim, transforms, linear, support)
     layer = autoregressions(RationalSpline(bins, bound), input_dim, **network)
     return stack(directed(layer, direction), input_dim, transforms, linear, support)
@@ -150,6 +153,7 @@ def realnvp(
     context_dim: int = 0,
     transforms: int = 5,
     hidden_dims: Sequence[int] = (128, 128),
+    mask: str | Sequence[bool] = "checkerboard",
     activation: Activation = "relu",
     residual: bool = False,
     linear: bool = False,
@@ -162,10 +166,15 @@ def realnvp(
         context_dim: the width of the context.
         transforms: the number of layers.
         hidden_dims: the hidden widths of each layer's network.
+        mask: which coordinates steer the first coupling: ``"checkerboard"``, every other one, ``"split"``, the first
+            half, or booleans; the others steer the next one, and so on.
         activation: its activation.
         residual: whether its hidden layers have skip connections.
         linear: put an `LULinear` layer before each.
         support: where the data live, if not on all real vectors.
+
+    Raises:
+        OptionError: an option has a value that it cannot take.
 
     Example:
         >>> import torch
@@ -173,7 +182,7 @@ def realnvp(
         torch.Size([5])
     """
     network = {"context_dim": context_dim, "hidden_dims": hidden_dims, "activation": activation, "residual": residual}
-    layer = couplings(Affine(), input_dim, **network)
+    layer = couplings(Affine(), input_dim, mask, **network)
     return stack(layer, input_dim, transforms, linear, support)
 
 
@@ -183,6 +192,7 @@ def nice(
     context_dim: int = 0,
     transforms: int = 5,
     hidden_dims: Sequence[int] = (128, 128),
+    mask: str | Sequence[bool] = "checkerboard",
     activation: Activation = "relu",
     residual: bool = False,
     linear: bool = False,
@@ -195,10 +205,15 @@ def nice(
         context_dim: the width of the context.
         transforms: the number of additive layers.
         hidden_dims: the hidden widths of each layer's network.
+        mask: which coordinates steer the first coupling: ``"checkerboard"``, every other one, ``"split"``, the first
+            half, or booleans; the others steer the next one, and so on.
         activation: its activation.
         residual: whether its hidden layers have skip connections.
         linear: put an `LULinear` layer before each.
         support: where the data live, if not on all real vectors.
+
+    Raises:
+        OptionError: an option has a value that it cannot take.
 
     Example:
         >>> import torch
@@ -206,7 +221,7 @@ def nice(
         torch.Size([5])
     """
     network = {"context_dim": context_dim, "hidden_dims": hidden_dims, "activation": activation, "residual": residual}
-    layer = couplings(Additive(), input_dim, **network)
+    layer = couplings(Additive(), input_dim, mask, **network)
     scale = Elementwise(Affine(), input_dim, context_dim=context_dim, hidden_dims=hidden_dims)
     return stack(layer, input_dim, transforms, linear, support, last=scale)
 

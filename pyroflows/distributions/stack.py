@@ -9,9 +9,17 @@ from pyroflows.distributions.base import standard_normal
 from pyroflows.distributions.flow import Flow
 from pyroflows.distributions.support import Support
 from pyroflows.errors import OptionError
-from pyroflows.transforms import Autoregressive, Compose, Coupling, FlowTransform, LULinear, UnivariateMap
+from pyroflows.transforms import (
+    Autoregressive,
+    Compose,
+    Coupling,
+    FlowTransform,
+    LULinear,
+    UnivariateMap,
+    coupling_mask,
+)
 
-__all__ = ["alternating", "autoregressions", "couplings", "directed", "stack", "turned"]
+__all__ = ["autoregressions", "couplings", "directed", "stack", "turned"]
 
 
 def stack(
@@ -39,19 +47,16 @@ def stack(
     return Flow(Compose(layers), standard_normal(input_dim), support=support)
 
 
-def alternating(input_dim: int, i: int) -> list[bool]:
-    """Every other coordinate steers, the others in the next layer; a lone one is always moved."""
-    return [input_dim > 1 and j % 2 == i % 2 for j in range(input_dim)]
-
-
 def turned(input_dim: int, i: int) -> Sequence[int]:
     """The order of the coordinates in layer ``i``: as they come, then from the last, and so on."""
     return range(input_dim) if i % 2 == 0 else range(input_dim)[::-1]
 
 
-def couplings(map: UnivariateMap, input_dim: int, **network: Any) -> Callable[[int], FlowTransform]:
+def couplings(
+    map: UnivariateMap, input_dim: int, mask: str | Sequence[bool] = "checkerboard", **network: Any
+) -> Callable[[int], FlowTransform]:
     """What makes the couplings of a flow, each steered by the coordinates that the last one moved."""
-    return lambda i: Coupling(map, input_dim, mask=alternating(input_dim, i), **network)
+    return lambda i: Coupling(map, input_dim, mask=coupling_mask(mask, input_dim, flip=i % 2 == 1), **network)
 
 
 def autoregressions(map: UnivariateMap, input_dim: int, **network: Any) -> Callable[[int], FlowTransform]:

@@ -160,7 +160,7 @@ from pyroflows.transforms.read_off import (
     ConditionalSpline,
 )
 from pyroflows.transforms.splines import PolynomialSpline, RationalSpline
-from pyroflows.transforms.structures import Autoregressive, Coupling, Elementwise
+from pyroflows.transforms.structures import Autoregressive, Coupling, Elementwise, coupling_mask
 from pyroflows.transforms.tails import SinhArcsinh, SoftClip, SoftLog, TailTransform
 
 Permute = Permutation
@@ -308,6 +308,7 @@ __all__ = [
     "conditional_spline_coupling",
     "conditional_sylvester",
     "coupling",
+    "coupling_mask",
     "elementwise",
     "elu",
     "generalized_channel_permute",

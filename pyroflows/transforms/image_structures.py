@@ -32,8 +32,8 @@ class ImageCoupling(ImageTransform):
         map: the univariate map :math:`g`.
         input_dim: the shape ``(C, H, W)`` of an image.
         context_dim: the width of the context.
-        split: ``"channel"``: the first half of the channels steers; ``"checkerboard"``: every other pixel does.
-            Default the channels, if there are two.
+        mask: what steers: ``"split"``, the first half of the channels, or ``"checkerboard"``, every other pixel.
+            Default ``"split"`` if there are two channels.
         flip: whether those that would be moved steer instead.
         hidden_channels: the channels of the network.
         kernel_sizes: the widths of its kernels.
@@ -60,7 +60,7 @@ class ImageCoupling(ImageTransform):
         input_dim: Shape,
         *,
         context_dim: int = 0,
-        split: Literal["channel", "checkerboard"] | None = None,
+        mask: Literal["split", "checkerboard"] | None = None,
         flip: bool = False,
         hidden_channels: int = 64,
         kernel_sizes: Sequence[int] = (3, 1, 3),
@@ -73,14 +73,14 @@ class ImageCoupling(ImageTransform):
         self.inverse, self.vmaps, self.compiles = map.inverse, map.vmaps, map.compiles
         self.sequential = False, map.inverse == "numeric"
         channels, height, width = self.event_shape
-        self.split = split or ("channel" if channels > 1 else "checkerboard")
-        if self.split == "channel" and channels < 2:
-            raise OptionError('one channel cannot be split; use split="checkerboard".')
-        if self.split not in ("channel", "checkerboard"):
-            raise OptionError(f'split must be "channel" or "checkerboard", got {split!r}.')
+        self.mask = mask or ("split" if channels > 1 else "checkerboard")
+        if self.mask not in ("split", "checkerboard"):
+            raise OptionError(f'mask must be "split" or "checkerboard", got {mask!r}.')
+        if self.mask == "split" and channels < 2:
+            raise OptionError('one channel cannot be split; use mask="checkerboard".')
         if image_context and (context_dim == 0 or context_dim % (height * width)):
             raise OptionError(f"a context that is an image {height} x {width} cannot have {context_dim} numbers.")
-        if self.split == "channel":
+        if self.mask == "split":
             self.sizes = [channels // 2, channels - channels // 2]
             inputs, outputs = reversed(self.sizes) if flip else self.sizes
         else:
@@ -100,7 +100,7 @@ class ImageCoupling(ImageTransform):
 
     def extra_repr(self) -> str:
         """The map and the sizes."""
-        return f"{type(self.map).__name__}, {tuple(self.event_shape)}, split={self.split!r}, flip={self.flip}"
+        return f"{type(self.map).__name__}, {tuple(self.event_shape)}, mask={self.mask!r}, flip={self.flip}"
 
     def _params(self, kept: Tensor, context: Tensor | None) -> Tensor:
         params = self.net(kept, context if self.context_dim else None).to(kept.dtype)  # autocast has another
@@ -109,7 +109,7 @@ class ImageCoupling(ImageTransform):
     def _apply_map(self, value: Tensor, context: Tensor | None, direction: Any) -> tuple[Tensor, Tensor]:
         self.check_image(value, shape=self.event_shape)
         self.check_context(context)
-        if self.split == "checkerboard":
+        if self.mask == "checkerboard":
             params = self._params(torch.where(self.steers, value, 0), context)
             # What steers is kept out of the map, whose slope there may be beyond the dtype's range.
             result, log_slope = direction(torch.where(self.steers, 0, value), params)
@@ -129,12 +129,12 @@ class ImageCoupling(ImageTransform):
         return self._apply_map(y, context, self.map.backward)
 
 
-_NETWORK = ("split", "flip", "hidden_channels", "kernel_sizes", "activation", "residual", "image_context")
+_NETWORK = ("mask", "flip", "hidden_channels", "kernel_sizes", "activation", "residual", "image_context")
 
 
 @with_input_dims((2, 2, 4), (1, 3, 2))
 @with_variants(
-    {"map": "rational_spline", "split": "checkerboard", "flip": True, "residual": True, "hidden_channels": 16}
+    {"map": "rational_spline", "mask": "checkerboard", "flip": True, "residual": True, "hidden_channels": 16}
 )
 def image_coupling(
     input_dim: Shape, map: str | UnivariateMap = "affine", *, context_dim: int = 0, **options: Any

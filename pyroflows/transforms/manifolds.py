@@ -24,7 +24,7 @@ from pyroflows.numerics import bounded_log_scale, monotone_root, rational_quadra
 from pyroflows.transforms.base import FlowTransform, with_variants
 from pyroflows.transforms.maps import NumericMap, UnivariateMap
 from pyroflows.transforms.splines import SplineMap
-from pyroflows.transforms.structures import Autoregressive, Coupling
+from pyroflows.transforms.structures import Autoregressive, Coupling, coupling_mask
 
 __all__ = [
     "CIRCLE_MAPS",
@@ -67,9 +67,9 @@ class CircularSpline(SplineMap):
     r"""A rational-quadratic spline of the circle, turned by an angle: :math:`y = g(x) + t` modulo :math:`2\pi`.
 
     The spline :math:`g` maps :math:`[-\pi, \pi]` onto itself with the same slope at both ends, so the density is
-    continuous where they meet. The raw numbers are bounded, so that slopes at knots lie between 1/20 and 20, and bins
-    differ by a factor of 400 at most, and the turn goes at most once round: what a layer loses to rounding, the next ones
-    of a bounded space would scatter over all of it.
+    continuous where they meet. The raw numbers are bounded: slopes at knots lie between 1/20 and 20, bins differ by a
+    factor of 400 at most, and the turn goes at most once round. What a layer loses to rounding, the next ones of a
+    bounded space would scatter over all of it.
 
     Args:
         bins: the number of bins, 2 to 500.
@@ -203,7 +203,7 @@ class CircularCoupling(Coupling):
         input_dim: the number of coordinates, in :math:`[-\pi, \pi]`.
         map: ``"spline"``, ``"moebius"``, or a map of the circle; of an interval for coordinates that are no angles.
         context_dim: the width of the context.
-        mask: one boolean a coordinate, true for those that steer; default the first half.
+        mask: which coordinates steer: ``"split"``, ``"checkerboard"`` or booleans, see `Coupling`.
         angles: one boolean a coordinate, false for those that are positions in an interval and no angles; default all
             true. Those that are moved must be of one kind.
         hidden_dims: the hidden widths of the network.
@@ -212,8 +212,8 @@ class CircularCoupling(Coupling):
         **options: of the map.
 
     Raises:
-        OptionError: a mask has another length, leaves nothing to be moved, or mixes two kinds; or the map's name is
-            unknown.
+        OptionError: there is no such mask, or it has another length, leaves nothing to be moved, or mixes two kinds;
+            or the map's name is unknown.
 
     Example:
         >>> layer = CircularCoupling(2, bins=4)
@@ -228,17 +228,17 @@ class CircularCoupling(Coupling):
         map: str | UnivariateMap = "spline",
         *,
         context_dim: int = 0,
-        mask: Sequence[bool] | None = None,
+        mask: str | Sequence[bool] | None = None,
         angles: Sequence[bool] | None = None,
         hidden_dims: Sequence[int] = (128, 128),
         activation: Activation = "relu",
         residual: bool = False,
         **options: Any,
     ) -> None:
-        steers = [i < input_dim // 2 for i in range(input_dim)] if mask is None else list(mask)
+        steers = coupling_mask(mask, input_dim)
         periodic = [True] * input_dim if angles is None else list(angles)
-        if len(steers) != input_dim or len(periodic) != input_dim:
-            raise OptionError(f"mask and angles must hold {input_dim} booleans, got {mask} and {angles}.")
+        if len(periodic) != input_dim:
+            raise OptionError(f"angles must hold {input_dim} booleans, got {angles}.")
         kinds = {angle for angle, steer in zip(periodic, steers, strict=True) if not steer}
         if len(kinds) > 1:
             raise OptionError("a coupling moves angles or other coordinates, not both; choose another mask.")

@@ -117,7 +117,7 @@ def coupling(
     map: str | UnivariateMap = "affine",
     *,
     context_dim: int = 0,
-    mask: Sequence[bool] | None = None,
+    mask: str | Sequence[bool] | None = None,
     hidden_dims: Sequence[int] = (128, 128),
     activation: Activation = "relu",
     residual: bool = False,
@@ -129,7 +129,7 @@ def coupling(
         input_dim: the number of coordinates.
         map: the map's name, or a map.
         context_dim: the width of the context.
-        mask: which coordinates steer, see `Coupling`.
+        mask: which coordinates steer: ``"split"``, ``"checkerboard"`` or booleans, see `Coupling`.
         hidden_dims: the hidden widths of the network.
         activation: its activation.
         residual: whether its hidden layers have skip connections.

@@ -15,7 +15,37 @@ from pyroflows.numerics import is_plainly_eager, sum_last
 from pyroflows.transforms.base import FlowTransform
 from pyroflows.transforms.maps import UnivariateMap
 
-__all__ = ["Autoregressive", "Coupling", "Elementwise"]
+__all__ = ["Autoregressive", "Coupling", "Elementwise", "coupling_mask"]
+
+
+def coupling_mask(mask: str | Sequence[bool] | None, input_dim: int, *, flip: bool = False) -> list[bool]:
+    """Which coordinates steer a coupling, one boolean each.
+
+    Args:
+        mask: ``"split"``: the first half; ``"checkerboard"``: every other one, from the first; or one boolean a
+            coordinate. ``None`` is ``"split"``.
+        input_dim: the number of coordinates.
+        flip: whether those that would be moved steer instead. By a word, a lone coordinate is always moved.
+
+    Raises:
+        OptionError: there is no such word, or the mask has another length, or leaves nothing to be moved.
+
+    Example:
+        >>> coupling_mask("checkerboard", 5, flip=True)
+        [False, True, False, True, False]
+    """
+    if mask is not None and not isinstance(mask, str):
+        steers = [bool(steer) for steer in mask]
+    elif mask in (None, "split", "checkerboard"):
+        steers = [i % 2 == 0 if mask == "checkerboard" else i < input_dim // 2 for i in range(input_dim)]
+        if input_dim == 1:
+            return [False]
+    else:
+        raise OptionError(f'mask must be "split", "checkerboard" or {input_dim} booleans, got {mask!r}.')
+    steers = [steer != flip for steer in steers]
+    if len(steers) != input_dim or all(steers):
+        raise OptionError(f"mask must hold {input_dim} booleans, at least one of them False, got {steers}.")
+    return steers
 
 
 class _Mapped(FlowTransform):
@@ -94,7 +124,8 @@ class Coupling(_Mapped):
         map: the univariate map :math:`g`.
         input_dim: the number of coordinates.
         context_dim: the width of the context.
-        mask: one boolean a coordinate, true for those that steer; default the first half.
+        mask: which coordinates steer: ``"split"``, the first half, ``"checkerboard"``, every other one, or one boolean
+            a coordinate, true for those that do; default ``"split"``.
         hidden_dims: the hidden widths of the network.
         activation: its activation.
         residual: whether the network's hidden layers have skip connections.
@@ -102,7 +133,7 @@ class Coupling(_Mapped):
             with ``None`` for what is not there.
 
     Raises:
-        OptionError: the mask has another length, or leaves nothing to be moved.
+        OptionError: there is no such mask, or it has another length, or leaves nothing to be moved.
 
     Example:
         >>> from pyroflows.transforms import Affine
@@ -117,16 +148,14 @@ class Coupling(_Mapped):
         input_dim: int,
         *,
         context_dim: int = 0,
-        mask: Sequence[bool] | None = None,
+        mask: str | Sequence[bool] | None = None,
         hidden_dims: Sequence[int] = (128, 128),
         activation: Activation = "relu",
         residual: bool = False,
         net: nn.Module | None = None,
     ) -> None:
         super().__init__(map, input_dim, context_dim)
-        steers = [i < input_dim // 2 for i in range(input_dim)] if mask is None else [bool(m) for m in mask]
-        if len(steers) != input_dim or all(steers):
-            raise OptionError(f"mask must hold {input_dim} booleans, at least one of them False, got {steers}.")
+        steers = coupling_mask(mask, input_dim)
         kept = [i for i, steer in enumerate(steers) if steer]
         moved = [i for i, steer in enumerate(steers) if not steer]
         self.register_buffer("kept", torch.tensor(kept, dtype=torch.long))
