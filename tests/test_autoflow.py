@@ -284,7 +284,7 @@ ON_MANIFOLDS = ("ncsf", "sphere")
 ON_VECTORS = [
     name
     for name in pf.available("distributions")
-    if name not in ON_MANIFOLDS and not hasattr(pf.get("distributions", name), "input_dims")
+    if name not in (*ON_MANIFOLDS, "mixture") and not hasattr(pf.get("distributions", name), "input_dims")
 ]
 
 

@@ -44,7 +44,7 @@ def test_layers(name, context_dim, dtype):
 def test_flows(name, tmp_path):
     flow = pf.flow(name, input_dim=3, context_dim=2).to("cuda")
     q = flow(torch.randn(5, 2, device="cuda"))
-    y = q.rsample((7,))
+    y = q((7,))  # rsample, where there is one
     (q.log_prob(y).sum() + q.log_prob(y.detach().clone()).sum()).backward()
     assert all(p.grad is not None and p.grad.device.type == "cuda" for p in flow.parameters())
     pf.save(flow, tmp_path / "flow.safetensors")

@@ -12,7 +12,7 @@ from pyro.optim import Adam
 
 import pyroflows as pf
 from pyroflows.distributions import Mixture, MixtureDistribution, mixture
-from pyroflows.errors import ContextError, NotReparametrized, OptionError
+from pyroflows.errors import ContextError, LawViolation, NotReparametrized, OptionError
 
 SMALL = {"flow": "maf", "transforms": 1, "hidden_dims": (8,)}
 
@@ -188,3 +188,114 @@ def test_a_mixture_of_distributions():
     )
     torch.testing.assert_close(d.log_prob(torch.zeros(4)), want.log_prob(torch.zeros(4)))
     assert d.sample((5,)).shape == (5, 4)
+
+
+# --- by its name -----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("context_dim", [0, 2])
+def test_by_name_it_fits_is_saved_and_loaded(context_dim, tmp_path):
+    torch.manual_seed(0)
+    flow = pf.flow("mixture", input_dim=2, context_dim=context_dim, components=2, support="positive", **SMALL)
+    assert flow.config.name == "mixture"
+    assert flow.context_dim == context_dim
+    x, context = torch.rand(100, 2) + 0.1, torch.randn(100, context_dim) if context_dim else None
+    start = pf.fit(flow, x, context, max_epochs=3, seed=0, progress=False)
+    assert start.best_epoch > 0
+    pf.save(flow, tmp_path / "flow.safetensors")
+    other = pf.load(tmp_path / "flow.safetensors")
+    assert isinstance(other, Mixture)
+    at = (context,) if context_dim else ()
+    assert torch.equal(other(*at).log_prob(x), flow(*at).log_prob(x))
+
+
+def test_inner_flows_that_cannot_be_mixed():
+    for inner in ("mixture", "ncsf", "sphere"):
+        with pytest.raises(OptionError, match="single flows of real vectors"):
+            pf.flow("mixture", input_dim=2, flow=inner)
+    with pytest.raises(OptionError, match='no option "bns"'):
+        pf.flow("mixture", input_dim=2, bns=4)
+
+
+def test_as_a_prior_and_as_a_likelihood():
+    torch.manual_seed(0)
+    prior = pf.flow("mixture", input_dim=2, **SMALL)
+    likelihood = pf.flow("mixture", input_dim=3, context_dim=2, **SMALL)
+    data = torch.randn(5, 3)
+
+    def model():
+        pyro.module("likelihood", likelihood)
+        with pyro.plate("rows", 5):
+            z = pyro.sample("z", prior())
+            pyro.sample("x", likelihood(z), obs=data)
+
+    trace = pyro.poutine.trace(model).get_trace()
+    trace.compute_log_prob()
+    assert trace.nodes["z"]["value"].shape == (5, 2)
+    z = trace.nodes["z"]["value"]
+    want = torch.stack([likelihood(a).log_prob(b) for a, b in zip(z, data, strict=True)])
+    torch.testing.assert_close(trace.nodes["x"]["log_prob"], want)
+    guide = pyro.infer.autoguide.AutoNormal(model)
+    assert SVI(model, guide, Adam({"lr": 0.01}), Trace_ELBO()).step() > -1e3
+    assert all(p.grad is not None for p in likelihood.parameters())
+
+
+def test_a_guide_of_its_own_finds_the_posterior():
+    torch.manual_seed(0)
+    flow = pf.flow("mixture", input_dim=1, components=2, **SMALL)
+
+    def model():
+        pyro.sample("z", dist.Normal(torch.tensor([2.0]), 0.5).to_event(1))
+
+    def guide():
+        pyro.module("flow", flow)
+        pyro.sample("z", flow())
+
+    elbo = Trace_ELBO(num_particles=64, vectorize_particles=True, max_plate_nesting=0)
+    svi = SVI(model, guide, Adam({"lr": 0.02}), elbo)
+    losses = [svi.step() for _ in range(250)]
+    assert losses[0] > 2
+    assert sum(losses[-20:]) / 20 < 0.2  # the evidence is 0
+
+
+def test_an_automatic_guide_of_one_is_refused():
+    """Pyro's score function takes no account of an auxiliary site, so training would go astray."""
+
+    def model():
+        pyro.sample("z", dist.Normal(0.0, 1.0))
+
+    guide = pf.AutoFlow(model, flow="mixture")
+    for _ in range(2):
+        with pytest.raises(NotReparametrized, match="single flow"):
+            guide.setup()
+
+
+def test_compiling_reaches_the_components():
+    flow = pf.flow("mixture", input_dim=2, compile=False, components=2, **SMALL)
+    x = torch.randn(4, 2)
+    before = flow().log_prob(x)
+    assert flow.compile(backend="eager") is flow
+    assert all(
+        "forward_and_log_det" in vars(part.transform) or part.transform.sequential[0] for part in flow.components
+    )
+    torch.testing.assert_close(flow().log_prob(x), before)
+
+
+def test_the_laws_hold_it_to_its_word():
+    """A distribution that says it has no rsample has none."""
+    flow = pf.flow("mixture", input_dim=1, components=2, **SMALL)
+    laws = ["event_shapes", "joint", "fresh_scores", "flow_copies", "training_step"]
+    assert pf.check(flow, laws=laws).ok
+
+    class Modest(MixtureDistribution):
+        def rsample(self, sample_shape=()):
+            return self.sample(sample_shape)
+
+    def modest(self, context=None):
+        d = type(self).forward(self, context)
+        d.base_dist.__class__ = Modest
+        return d
+
+    flow.forward = modest.__get__(flow)
+    with pytest.raises(LawViolation, match="has_rsample is False"):
+        pf.check(flow, laws=["event_shapes"])

@@ -44,9 +44,10 @@ def build(name, group, **options):
 def claims(name, group):
     """The flags of a registered transform, or of a flow's transform, as it is built without options."""
     built = build(name, group)
-    transform = built if group == "transforms" else built.transform
+    part = getattr(built, "components", [built])[0]  # the components of a mixture are alike
+    transform = built if group == "transforms" else part.transform
     dim = built.config.input_dim
-    shape = built.base().event_shape if group == "distributions" else (dim,) if isinstance(dim, int) else dim
+    shape = part.base().event_shape if group == "distributions" else (dim,) if isinstance(dim, int) else dim
     try:
         context = "yes" if build(name, group, context_dim=2).context_dim else "ignored"
     except ContextError:

@@ -184,6 +184,13 @@ class Mixture(Flow):
         """
         return FlowDistribution(self.base(self._read(context)), [self.transform])
 
+    def compile(self, **options: Any) -> Mixture:  # type: ignore[override]
+        """Has ``torch.compile`` work on the components, as on any flow."""
+        for part in self.components:
+            part.compile(**options)
+        super().compile(**options)
+        return self
+
     def responsibilities(self, x: Tensor, context: Tensor | None = None) -> Tensor:
         """How likely each component is for a point, ``[*batch, K]``.
 
@@ -230,7 +237,10 @@ def mixture(
         **options: of these flows.
 
     Raises:
-        OptionError: ``components`` is not a positive integer.
+        OptionError: ``components`` is not a positive integer, or the flow is no single flow of real vectors.
+
+    It has no ``rsample``, so ``AutoFlow`` refuses it, and where a guide samples a site from it, ``Trace_ELBO`` takes
+    the score function, whose gradient is noisy.
 
     Example:
         >>> mixture(2, flow="maf", transforms=1)().sample((4,)).shape
@@ -241,6 +251,8 @@ def mixture(
     parts = []
     for _ in range(components):
         inner = flow_by_name(flow, input_dim=input_dim, context_dim=context_dim, **options)
+        if type(inner) is not Flow or not inner.standardizes:
+            raise OptionError(f"a mixture takes single flows of real vectors, and {flow!r} is none. Take nsf, or maf.")
         last = affine(input_dim, context_dim=context_dim)
         last.start_from(raw=torch.stack([torch.randn(input_dim), torch.zeros(input_dim)], -1))
         parts.append(Flow(Compose([inner.learned, last]), inner.base))

@@ -19,7 +19,7 @@ from torch.distributions import biject_to
 
 from pyroflows import plugins
 from pyroflows.distributions import Flow, FlowDistribution, standard_normal
-from pyroflows.errors import GuideNotSetUp, OptionError, SubsampledLatentError
+from pyroflows.errors import GuideNotSetUp, NotReparametrized, OptionError, SubsampledLatentError
 from pyroflows.numerics import bounded_log_scale, sum_last
 from pyroflows.transforms import Compose, FlowTransform
 
@@ -116,9 +116,14 @@ class AutoFlow(AutoContinuous):
 
         Raises:
             SubsampledLatentError: a latent lies in a subsampled plate, so that one flow would mix rows.
+            NotReparametrized: the flow has no samples that can be differentiated, as a mixture.
         """
         if self.prototype_trace is None:
-            self._setup_prototype(*args, **kwargs)
+            try:
+                self._setup_prototype(*args, **kwargs)
+            except Exception:
+                self.prototype_trace = None  # the next call says the same
+                raise
         return self
 
     def _setup_prototype(self, *args: Any, **kwargs: Any) -> None:
@@ -127,7 +132,6 @@ class AutoFlow(AutoContinuous):
         for name, site in trace.iter_stochastic_nodes():
             for frame in site["cond_indep_stack"]:
                 if frame.full_size is not None and frame.full_size != frame.size:
-                    self.prototype_trace = None
                     raise SubsampledLatentError(
                         f"latent {name!r} lies in plate {frame.name!r}, which takes {frame.size} of "
                         f"{frame.full_size} rows a step; a joint flow would stand for different rows each time. "
@@ -154,6 +158,12 @@ class AutoFlow(AutoContinuous):
             raise OptionError(
                 f"a guide needs a flow on the real numbers, and this one lives on {flow.support}. Take another flow; "
                 "the guide maps to the supports of the sites by itself."
+            )
+        if isinstance(flow, Flow) and not flow().has_rsample:
+            # Pyro leaves log q of an auxiliary site out of what weighs the score, so the gradient would be another.
+            raise NotReparametrized(
+                "an automatic guide needs samples that can be differentiated, and this flow has none (a mixture jumps "
+                "between its components). Take a single flow, or write a guide that has pyro.sample(name, flow())."
             )
         return flow
 

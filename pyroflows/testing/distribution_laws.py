@@ -53,6 +53,11 @@ class FlowTrial(Trial):
     def _distribution(self) -> Any:
         return self.make(self.flow, self.contexts())
 
+    @property
+    def draws(self) -> tuple[str, ...]:
+        """The ways to sample: ``rsample`` is not among them where a distribution says that it has none."""
+        return ("sample", "rsample") if self._distribution.has_rsample else ("sample",)
+
     def contexts(self, *batch: int) -> Any:
         """Random contexts ``[*batch, context_dim]``, or ``None`` without one."""
         width = self.original.context_dim
@@ -109,19 +114,24 @@ def event_shapes(trial: FlowTrial) -> None:
         trial.require(isinstance(d, TorchDistributionMixin), f"flow() is a {type(d).__name__}, no Pyro distribution")
         trial.require(tuple(d.batch_shape) == batch, f"batch_shape is {tuple(d.batch_shape)}, not {batch}")
         trial.require(tuple(d.event_shape) == event, f"event_shape is {tuple(d.event_shape)}, not {event}")
-        trial.require(d.has_rsample and d.support.event_dim == len(event), f"support is {d.support}")
+        trial.require(d.support.event_dim == len(event), f"support is {d.support}")
         for sample_shape in ((), (1,), (4,), (2, 4), (0,)):
-            for draw in ("sample", "rsample"):
+            for draw in trial.draws:
                 value = getattr(d, draw)(sample_shape)
                 expect(f"{draw}({sample_shape}) at batch {batch}", value, (*sample_shape, *batch, *event))
                 expect(f"log_prob of {draw}({sample_shape})", d.log_prob(value), (*sample_shape, *batch))
                 inside = not value.numel() or bool(d.support.check(value).all())
                 trial.require(inside, f"{draw} leaves the support")
-        value, score = d.rsample_with_log_prob((4,))
-        expect("the value of rsample_with_log_prob", value, (4, *batch, *event))
-        expect("the score of rsample_with_log_prob", score, (4, *batch))
         wide = d.expand((5, *batch))
-        value = wide.rsample((3,))
+        if d.has_rsample:
+            value, score = d.rsample_with_log_prob((4,))
+            expect("the value of rsample_with_log_prob", value, (4, *batch, *event))
+            expect("the score of rsample_with_log_prob", score, (4, *batch))
+        else:
+            for view in (d, wide):
+                for method in (view.rsample, view.rsample_with_log_prob):
+                    trial.require(_is_none(method), "has_rsample is False, and yet there is an rsample")
+        value = getattr(wide, trial.draws[-1])((3,))
         expect("a sample of expand", value, (3, 5, *batch, *event))
         expect("log_prob of expand", wide.log_prob(value), (3, 5, *batch))
         trial.close(
@@ -135,6 +145,15 @@ def event_shapes(trial: FlowTrial) -> None:
         expect("log_prob of to_event(1)", one.log_prob(one.sample()), (5, *batch)[:-1])
         expect("log_prob of mask", d.mask(False).log_prob(d.sample()), batch)
         trial.require(bool((d.mask(False).log_prob(d.sample()) == 0).all()), "mask(False) leaves a density")
+
+
+def _is_none(method: Callable[[], Any]) -> bool:
+    """Whether a method says that there is no such thing."""
+    try:
+        method()
+    except NotImplementedError:
+        return True
+    return False
 
 
 def _close_scores(trial: FlowTrial, what: str, got: Tensor, want: Tensor) -> None:
@@ -300,10 +319,14 @@ def _interpolate(at: Tensor, knots: Tensor, values: Tensor) -> Tensor:
 
 
 def joint(trial: FlowTrial) -> None:
-    """``rsample_with_log_prob`` scores as ``log_prob`` does, with all gradients."""
+    """``rsample_with_log_prob`` scores as ``log_prob`` does, with all gradients; without it, so do samples."""
     flow, context = trial.flow, trial.contexts(5)
     for d in (trial.make(flow, context), trial.make(flow, context).expand((3, *((5,) if flow.context_dim else ())))):
-        value, score = d.rsample_with_log_prob((7,))
+        if d.has_rsample:
+            value, score = d.rsample_with_log_prob((7,))
+        else:
+            value = d.sample((7,))
+            score = d.log_prob(value)  # by what the transform remembers
         truth = d.log_prob(value.detach().clone())
         trial.close(
             "rsample_with_log_prob and log_prob",
@@ -349,7 +372,7 @@ def fresh_scores(trial: FlowTrial) -> None:
     counts = {method: count_calls(flow.transform, method) for method in ("forward_and_log_det", "inverse_and_log_det")}
     d = trial.make(flow, context)
     for view in (d, d.expand((3, *d.batch_shape)), d.mask(True)):
-        for draw in ("sample", "rsample"):
+        for draw in trial.draws:
             for calls in counts.values():
                 calls[0] = 0
             with torch.set_grad_enabled(draw == "rsample"):
@@ -365,7 +388,7 @@ def flow_copies(trial: FlowTrial) -> None:
     """deepcopy, pickle, ``state_dict`` into one built anew, ``.to("meta")``: the same density, nothing left behind."""
     flow = trial.flow
     d = trial.make(flow, trial.contexts(5))
-    d.log_prob(d.rsample())
+    d.log_prob(getattr(d, trial.draws[-1])())
     for name, other in (("deepcopy", copy.deepcopy(flow)), ("pickle", pickle.loads(pickle.dumps(flow)))):
         trial.same_density(f"a {name}", other, flow)
         trial.require(repr(other.config) == repr(flow.config), f"a {name} loses its config")

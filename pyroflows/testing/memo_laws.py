@@ -142,6 +142,7 @@ def never_stale(
         trial.close(f"log_prob of {what}", found.flatten(), truth.flatten(), 1e-8, unit)
         trial.close(f"log_prob without gradient of {what}", again.flatten(), truth.flatten(), 1e-8, unit)
 
+    draws = ("sample", "rsample") if distribution(module).has_rsample else ("sample",)
     updates = UPDATES if any(p.requires_grad for p in module.parameters()) else {}
     for name, update in updates.items():
         m = copy.deepcopy(module)
@@ -150,7 +151,7 @@ def never_stale(
         update(m)
         compare(f"the same data after {name}", m, d, data)
         for scored in (False, True):
-            kept = d.rsample()
+            kept = getattr(d, draws[-1])()
             if scored:
                 d.log_prob(kept)
             update(m)
@@ -158,7 +159,7 @@ def never_stale(
 
     for name, edit in edits.items():
         d = distribution(module)
-        for draw in ("sample", "rsample"):
+        for draw in draws:
             value = getattr(d, draw)((64,))
             edit(value)
             compare(f"a {draw} after {name}", module, d, value)
@@ -177,8 +178,9 @@ def never_stale(
     with torch.no_grad():
         quiet = d.sample()
     _same_gradients(trial, "a sample drawn without gradient", m, d, quiet, quiet.clone())
-    value = d.rsample()
-    _same_gradients(trial, "a differentiable sample", m, d, value, value.clone())
+    if "rsample" in draws:
+        value = d.rsample()
+        _same_gradients(trial, "a differentiable sample", m, d, value, value.clone())
 
 
 def _same_gradients(trial: Trial, what: str, m: nn.Module, d: Any, value: Tensor, stranger: Tensor) -> None:
