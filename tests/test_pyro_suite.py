@@ -1,10 +1,12 @@
 """What Pyro asks of its own transforms, asked of every layer here that has a name of Pyro's, in float64."""
 
 import copy
+import pickle
 from functools import partial
 
 import pyro
 import pyro.distributions as dist
+import pyro.distributions.transforms as pyro_transforms
 import pytest
 import torch
 from pyro.infer import SVI, Trace_ELBO
@@ -344,6 +346,32 @@ def test_d10_a_context_gives_its_batch_shape(name):
     if "ouseholder" not in name:  # a rotation of a standard normal is one
         other = dist.ConditionalTransformedDistribution(base, [layer]).condition(context + 1)
         assert not torch.allclose(other.log_prob(y), q.log_prob(y))
+
+
+@pytest.mark.parametrize("name", [*CONDITIONAL, *CONDITIONAL_CLASSES])
+def test_conditional_layers_compose_as_pyros_do(name):
+    """In Pyro's own composition, forth and back, beside layers of Pyro's and of torch's, and out of a pickle."""
+    torch.manual_seed(0)
+    factory = {**CONDITIONAL, **CONDITIONAL_CLASSES}[name]
+    first, second = (perturbed(factory(4, CONTEXT)) for _ in range(2))
+    parts = [first, pyro_transforms.permute(4), pyro_transforms.conditional_affine_coupling(4, CONTEXT), second]
+    parts.append(pyro_transforms.AffineTransform(1.0, 2.0))
+    stack = dist.conditional.ConditionalComposeTransformModule(parts)
+    modules = [part for part in parts if isinstance(part, torch.nn.Module)]
+    assert {id(p) for p in stack.parameters()} == {id(p) for part in modules for p in part.parameters()}
+    context, x = torch.randn(6, CONTEXT), torch.randn(5, 6, 4)
+    at = stack.condition(context)
+    y, expected = at(x), x
+    for part in parts:
+        expected = (part.condition(context) if hasattr(part, "condition") else part)(expected)
+    assert torch.allclose(y, expected)
+    assert torch.allclose(at.inv(y), x)
+    assert torch.equal(pickle.loads(pickle.dumps(stack)).condition(context)(x), y)
+    back = dist.conditional.ConditionalComposeTransformModule([first.inv, second.inv]).condition(context)
+    assert torch.allclose(back.inv(back(x).clone()), x)
+    q = dist.ConditionalTransformedDistribution(unit((4,)).to_event(1), [stack]).condition(context)
+    score = unit((4,)).to_event(1).log_prob(x) - at.log_abs_det_jacobian(x, y)
+    assert torch.allclose(q.log_prob(y), score)
 
 
 def test_normalize():
