@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -17,7 +18,7 @@ from tqdm import tqdm
 from pyroflows.distributions import Flow
 from pyroflows.distributions.support import Support
 from pyroflows.errors import ContextError, DataError, NonFiniteLoss, OptionError, TooFewRows
-from pyroflows.training.data import check_context, check_rows, check_support
+from pyroflows.training.data import check_context, check_rows, check_spread, check_support, entry
 
 __all__ = ["FitResult", "fit"]
 
@@ -91,7 +92,8 @@ def fit(
 
     Args:
         flow: the flow to fit, in place; training continues from its present weights.
-        x: rows ``[n, input_dim]``: a tensor, array, data frame or nested list of numbers.
+        x: rows ``[n, input_dim]``: a tensor, array, data frame or nested list of numbers. For a flow whose points have
+            another shape, as images and matrices have, ``[n, *flow.data_shape]``.
         context: ``[n, context_dim]``, if the flow reads one.
         validation: the share of rows held out, in (0, 1); or the validation rows themselves, a pair
             ``(x, context)`` for a flow that reads a context.
@@ -142,7 +144,8 @@ def fit(
         raise
     if standardize is not None:
         _standardize(flow, x, context, standardize)
-    flow.initialize(x[:10_000], None if context is None else context[:10_000])
+    some = slice(_rows_of(flow, 2**20, at_most=10_000))
+    flow.initialize(x[some], None if context is None else context[some])
 
     parameters = [p for p in flow.parameters() if p.requires_grad]
     adam = optimizer(parameters) if optimizer is not None else torch.optim.Adam(parameters, lr=lr)
@@ -159,7 +162,7 @@ def fit(
         for epoch in range(1, max_epochs + 1):
             order = torch.randperm(len(x), generator=shuffle).to(x.device)
             flow.train()
-            train = run.epoch(x[order], None if context is None else context[order], batch_size)
+            train = run.epoch(x, context, order.split(batch_size))
             value = run.record(train, held_x, held_context, adam, started)
             schedule.step(value if math.isfinite(value) else -math.inf)
             bar.update()
@@ -227,12 +230,14 @@ def _split(flow: Flow, x: Any, context: Any, validation: Any, like: Tensor, seed
     if (context is None) != (flow.context_dim == 0):
         expected = f"[rows, {flow.context_dim}]" if flow.context_dim else "none"
         raise ContextError(f"expected a context of shape {expected}, got {'none' if context is None else 'one'}.")
-    width = flow.transform.forward_shape(flow.event_shape)[-1]  # a simplex has one column more
+    shape = flow.data_shape
 
     def checked(x: Any, context: Any, what: str, min_rows: int | None = None) -> _Rows:
-        rows = check_rows(x, width, like, min_rows=min_rows, what=what)
+        rows = check_rows(x, shape, like, min_rows=min_rows, what=what)
         with torch.no_grad():
-            check_support(rows, flow.support, _unconstrained(flow, rows), flow.declared_support)
+            unconstrained = check_support(rows, flow.support, partial(_unconstrained, flow), flow.declared_support)
+            if len(shape) > 1 and min_rows is None:
+                check_spread(unconstrained)
         if context is None:
             return rows, None
         return rows, check_context(context, flow.context_dim, len(rows), like)
@@ -263,10 +268,16 @@ def _unconstrained(flow: Flow, rows: Tensor) -> Tensor:
     return rows
 
 
+def _rows_of(flow: Flow, numbers: int, *, at_most: int) -> int:
+    """How many points have so many numbers, so that images take no more memory than vectors."""
+    return max(2, min(at_most, numbers // max(1, flow.input_dim)))
+
+
 def _location_and_scale(rows: Tensor, how: str) -> tuple[Tensor, Tensor]:
     if how == "auto":
         return rows.mean(0), rows.std(0)
-    low, middle, high = torch.quantile(rows[:1_000_000].double(), rows.new_tensor([0.25, 0.5, 0.75]).double(), dim=0)
+    some = rows[: max(2, 2**24 // max(1, rows[0].numel()))].double()  # torch.quantile takes no more
+    low, middle, high = torch.quantile(some, some.new_tensor([0.25, 0.5, 0.75]), dim=0)
     spread = (high - low) / 1.349  # the interquartile range of a standard normal
     spread = torch.where(spread > 0, spread, rows.double().std(0))
     return middle.to(rows.dtype), spread.to(rows.dtype)
@@ -279,12 +290,12 @@ def _standardize(flow: Flow, x: Tensor, context: Tensor | None, how: str) -> Non
             loc, scale = _location_and_scale(rows, how)
             flow.standardize.set(loc, torch.where(scale > 0, scale, torch.ones_like(scale)))
         if flow.standardizes and how == "auto":
-            far = ((rows - loc) / scale).abs().amax(0)
+            far = ((rows - loc) / scale).abs().amax(0).flatten()
             worst = int(far.argmax())
             if float(far[worst]) > 100:
                 warnings.warn(
-                    f"column {worst} has a value {float(far[worst]):.0f} standard deviations from its mean, so "
-                    "the rest of the column is squeezed; consider standardize='robust'.",
+                    f"column {entry(worst, rows.shape[1:])} has a value {float(far[worst]):.0f} standard deviations "
+                    "from its mean, so the rest of the column is squeezed; consider standardize='robust'.",
                     stacklevel=3,
                 )
         if context is not None:
@@ -321,13 +332,13 @@ class _Run:
     def restore(self) -> None:
         self.flow.load_state_dict(self.weights)
 
-    def epoch(self, x: Tensor, context: Tensor | None, batch_size: int) -> float:
-        """One pass over the rows; returns their mean log-likelihood meanwhile."""
+    def epoch(self, x: Tensor, context: Tensor | None, batches: Sequence[Tensor]) -> float:
+        """One pass over the rows in batches of their numbers; returns their mean log-likelihood meanwhile."""
         total, count, self.skipped = 0.0, 0, 0
         norms = []
-        for start in range(0, len(x), batch_size):
-            rows = x[start : start + batch_size]
-            loss, norm = self._step(rows, None if context is None else context[start : start + batch_size])
+        for batch in batches:
+            rows = x[batch]
+            loss, norm = self._step(rows, None if context is None else context[batch])
             if math.isfinite(loss) and math.isfinite(norm):
                 total, count = total - loss * len(rows), count + len(rows)
                 norms.append(norm)
@@ -360,10 +371,10 @@ class _Run:
         """Scores the validation rows, keeps the weights if they are the best, and writes the history."""
         self.flow.eval()
         with torch.no_grad():
-            total = 0.0
-            for start in range(0, len(x), 4096):
-                part = None if context is None else context[start : start + 4096]
-                total += float(self.flow(part).log_prob(x[start : start + 4096]).double().sum())
+            total, size = 0.0, _rows_of(self.flow, 2**18, at_most=4096)
+            for start in range(0, len(x), size):
+                part = None if context is None else context[start : start + size]
+                total += float(self.flow(part).log_prob(x[start : start + size]).double().sum())
         value = total / len(x)
         epoch = len(self.history["epoch"])
         if value > self.best:
@@ -377,6 +388,6 @@ class _Run:
             "skipped": float(self.skipped),
             "seconds": time.perf_counter() - started,
         }
-        for name, entry in row.items():
-            self.history[name].append(entry)
+        for name, number in row.items():
+            self.history[name].append(number)
         return value
