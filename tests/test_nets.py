@@ -132,3 +132,26 @@ def test_masks_are_buffers():
     moved = net.to("meta")
     assert all(tensor.is_meta for tensor in (*moved.parameters(), *moved.buffers()))
     assert sum(name.endswith("mask") for name, _ in net.named_buffers()) == 3
+
+
+@pytest.mark.parametrize("order", [None, list(range(40, -1, -1))])
+@pytest.mark.parametrize("frozen", ["nothing", "x", "weights"])
+def test_large_masked_products_go_by_blocks_and_stay_the_same(order, frozen):
+    net = MADE(41, 23, order=order, hidden_dims=(128, 128), activation="tanh").double()
+    assert [len(layer._blocks) for layer in net.layers] == [0, 4, 8]
+    x = torch.randn(3, 100, 41, dtype=torch.float64, requires_grad=frozen != "x")
+    net.requires_grad_(frozen != "weights")
+    leaves = [t for t in (x, *net.parameters()) if t.requires_grad]
+    found = []
+    for blocks in (True, False):
+        for layer in net.layers:
+            layer._blocks = layer._blocks if blocks else []
+        out = net(x)
+        graph = str(layer(torch.ones(300, 128, dtype=torch.float64).requires_grad_()).grad_fn.next_functions)
+        assert ("_ByBlocks" in graph) == blocks
+        first = torch.autograd.grad(out.sin().sum(), leaves, create_graph=True)
+        second = torch.autograd.grad(sum(g.cos().sum() for g in first), leaves)
+        plain = torch.autograd.grad(net(x).sin().sum(), leaves)
+        found.append([out, *first, *second, *plain])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)

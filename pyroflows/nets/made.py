@@ -95,10 +95,7 @@ def _plan(
         rows = [[bool(entry) for entry in row] for row in adjacency]
         if len(rows) != input_dim or any(len(row) != input_dim for row in rows):
             raise OptionError(f"adjacency must be {input_dim} rows of {input_dim} booleans.")
-        with torch.device("cpu"):  # what exists is computed, wherever the weights are to be
-            matrix = torch.tensor(rows) & ~torch.eye(input_dim, dtype=torch.bool)
-            plan = _along_graph(matrix, hidden_dims, context_dim)
-        return _Plan([mask.to(torch.get_default_device()) for mask in plan.masks], plan.levels, plan.stages)
+        return _along_graph(torch.tensor(rows) & ~torch.eye(input_dim, dtype=torch.bool), hidden_dims, context_dim)
     ranks = list(range(input_dim)) if order is None else [int(rank) for rank in order]
     if sorted(ranks) != list(range(input_dim)):
         raise OptionError(f"order must be a permutation of 0 .. {input_dim - 1}, got {ranks}.")
@@ -166,7 +163,8 @@ class MADE(MLP):
         features: Callable[[Tensor], Tensor] | None = None,
     ) -> None:
         hidden_dims = check_widths(hidden_dims)
-        plan = _plan(input_dim, order, adjacency, hidden_dims, context_dim)
+        with torch.device("cpu"):  # what exists is computed, wherever the weights are to be
+            plan = _plan(input_dim, order, adjacency, hidden_dims, context_dim)
         width = 1 if features is None else features(torch.zeros(1, device="cpu")).shape[-1]
         masks = [*plan.masks[:-1], plan.masks[-1].repeat_interleave(params, 0)]
         masks[0] = masks[0].repeat_interleave(width, 1)
