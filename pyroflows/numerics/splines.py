@@ -51,7 +51,7 @@ class _Bin(NamedTuple):
 
 
 def _find_bin(value: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, bound: float, inverse: bool) -> _Bin:
-    """The bin of each input, given the raw slopes at all ``K + 1`` knots.
+    """The bin of each input.
 
     Sizes are shares of the box, a softmax of raw numbers; of it only what the bin needs is computed.
     """
@@ -60,7 +60,7 @@ def _find_bin(value: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, bo
     raw = torch.stack([widths, heights], -2)
     weights = raw.sub_(raw.detach().amax(-1, keepdim=True)).exp_()  # in place: memory is what they cost
     sums = weights.cumsum(-1)
-    totals = sums[..., -1]
+    totals = sums[..., -1].clone()  # not the memory of all sums, kept for the gradient
     scale = box / totals
 
     side = 1 if inverse else 0
@@ -75,7 +75,8 @@ def _find_bin(value: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, bo
     before = sums.expand(*shape, 2, bins).gather(-1, pair).squeeze(-1) - weight
     width, height = (weight * scale + least).unbind(-1)
     left, bottom = (before * scale + (number.to(value.dtype) * least - bound)).unbind(-1)
-    log_slopes = bounded_log_scale(slopes.expand(*shape, bins + 1).gather(-1, _ends(number)), MAX_LOG_SLOPE)
+    slopes = _knot_slopes(slopes, bins).expand(*shape, bins + 1)
+    log_slopes = bounded_log_scale(slopes.gather(-1, _ends(number)), MAX_LOG_SLOPE)
     slope_0, slope_1 = torch.exp(log_slopes).unbind(-1)
     return _Bin(value, left, bottom, width, height, slope_0, slope_1, log_slopes, weights, totals, number)
 
@@ -144,9 +145,10 @@ class _RationalQuadratic(torch.autograd.Function):
         bin = _Bin(value, *rest)
         by_value, by_bin, by_slopes = _derivatives(bin, xi, by_result, by_log_slope, ctx.inverse)
         by_widths, by_heights = _by_raw_sizes(bin, *by_bin, ctx.bound).unbind(-2)
-        by_ends = torch.zeros_like(slopes)
-        by_ends.scatter_(-1, _ends(bin.number), by_slopes)
-        return by_value, by_widths, by_heights, by_ends, None, None
+        knots = torch.zeros_like(_knot_slopes(slopes, widths.shape[-1]))
+        knots.scatter_(-1, _ends(bin.number), by_slopes)
+        by_slopes = knots if knots.shape == slopes.shape else knots[..., 1:-1]
+        return by_value, by_widths, by_heights, by_slopes, None, None
 
 
 def _derivatives(
@@ -264,12 +266,11 @@ def rational_quadratic(
         tensor([0.3000, 7.0000])
     """
     bins = int(widths.shape[-1])
-    knots = _knot_slopes(slopes, bins)
 
     def in_box(value: Tensor) -> tuple[Tensor, Tensor]:
         if widths.shape[:-1] == value.shape and is_plainly_eager():
-            return _RationalQuadratic.apply(value, widths, heights, knots, bound, inverse)
-        result, log_slope, _ = _in_box(_find_bin(value, widths, heights, knots, bound, inverse), inverse)
+            return _RationalQuadratic.apply(value, widths, heights, slopes, bound, inverse)
+        result, log_slope, _ = _in_box(_find_bin(value, widths, heights, slopes, bound, inverse), inverse)
         return result, -log_slope if inverse else log_slope
 
     return _with_tails(value, slopes, bins, bound, inverse, in_box)
@@ -316,10 +317,9 @@ def linear_rational(
         tensor([0.3000, 7.0000])
     """
     bins = int(widths.shape[-1])
-    knots = _knot_slopes(slopes, bins)
 
     def in_box(value: Tensor) -> tuple[Tensor, Tensor]:
-        bin = _find_bin(value, widths, heights, knots, bound, inverse)
+        bin = _find_bin(value, widths, heights, slopes, bound, inverse)
         offset, mean_slope = bin.offset(inverse), bin.height / bin.width
         root_0, root_1 = bin.slope_0.sqrt(), bin.slope_1.sqrt()
         cut = splits.expand(*bin.number.shape[:-1], splits.shape[-1]).gather(-1, bin.number).squeeze(-1)
