@@ -148,7 +148,7 @@ def fit(
     flow.initialize(x[some], None if context is None else context[some])
 
     parameters = [p for p in flow.parameters() if p.requires_grad]
-    adam = optimizer(parameters) if optimizer is not None else torch.optim.Adam(parameters, lr=lr)
+    adam = optimizer(parameters) if optimizer is not None else torch.optim.Adam(parameters, lr=lr, fused=True)
     schedule = torch.optim.lr_scheduler.ReduceLROnPlateau(
         adam, mode="max", factor=0.5, patience=max(1, patience // 3), threshold=1e-4, threshold_mode="abs"
     )

@@ -614,6 +614,9 @@ class Compose(FlowTransform):
     def __iter__(self) -> Iterator[FlowTransform]:
         return iter(self.transforms)  # type: ignore[arg-type]
 
+    def __reversed__(self) -> Iterator[FlowTransform]:
+        return reversed(list(self))
+
     def __getitem__(self, index: int) -> FlowTransform:
         return self.transforms[index]  # type: ignore[return-value]
 
@@ -624,7 +627,7 @@ class Compose(FlowTransform):
         for part, surplus in zip(self, self._surplus, strict=True):
             x, log_det = part.forward_and_log_det(x, context)
             terms.append(sum_last(log_det, surplus))
-        return x, sum(terms)  # type: ignore[return-value]
+        return x, sum(terms[1:], start=terms[0])
 
     def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The parts' inverses in reverse, their log-dets added."""
@@ -633,7 +636,7 @@ class Compose(FlowTransform):
         for part, surplus in zip(reversed(self), reversed(self._surplus), strict=True):
             y, log_det = part.inverse_and_log_det(y, context)
             terms.append(sum_last(log_det, surplus))
-        return y, sum(terms)  # type: ignore[return-value]
+        return y, sum(terms[1:], start=terms[0])
 
     def initialize(self, y: Tensor, context: Tensor | None = None) -> None:
         """Initializes each part with the data as they reach it."""
