@@ -21,6 +21,7 @@ from pyroflows.transforms import (
     Bernstein,
     Coupling,
     DeepSigmoid,
+    DenseSigmoid,
     Elementwise,
     Gaussianization,
     LogisticMixture,
@@ -40,6 +41,7 @@ MAPS = {
     "ELU": DeepSigmoid(6, "ELU"),
     "LeakyReLU": DeepSigmoid(6, "LeakyReLU"),
     "two layers": DeepSigmoid(4, depth=2),
+    "dense": DenseSigmoid(3, depth=3),
     "logistic_mixture": LogisticMixture(4),
     "gaussianization": Gaussianization(4),
     "unconstrained_monotonic": UnconstrainedMonotonic(4),
@@ -111,8 +113,8 @@ def test_D12_far_out_a_deep_sigmoid_is_a_line_without_an_epsilon(activation):
 def test_D12_a_tiny_slope_is_not_covered_by_an_epsilon():
     """Two narrow steps far apart: in between the slope is 1e-40 or so, where an epsilon of 1e-8 would say 1e-8."""
     c = torch.tensor([100.0, -100.0], dtype=torch.float64)
-    log_w = torch.log(torch.tensor([0.5, 0.5], dtype=torch.float64))
-    y, log_slope = logistic_mean(c, log_w, torch.zeros(2, dtype=torch.float64))
+    w = torch.tensor([0.5, 0.5], dtype=torch.float64)
+    y, log_slope = logistic_mean(c, w, torch.ones(2, dtype=torch.float64))
     assert abs(float(y)) < 1e-14
     assert abs(float(log_slope) - (-100 + np.log(4))) < 1e-10  # F' / (F (1 - F)) = e^-100 / (1 / 4)
 
@@ -154,8 +156,7 @@ def test_a_logistic_mean_is_the_logit_of_the_mixture():
     a, b, x = np.array([0.5, 1.0, 3.0]), np.array([-1.0, 0.3, 2.0]), np.linspace(-4, 4, 9)[:, None]
     w = np.array([0.2, 0.5, 0.3])
     mixture = (w / (1 + np.exp(-(a * x + b)))).sum(-1)
-    c, log_w = torch.tensor(a * x + b), torch.log(torch.tensor(w))
-    y, log_slope = logistic_mean(c, log_w, torch.log(torch.tensor(a)))
+    y, log_slope = logistic_mean(torch.tensor(a * x + b), torch.tensor(w), torch.tensor(a))
     assert np.allclose(y, np.log(mixture / (1 - mixture)), atol=1e-12)
     density = (w * a / (1 + np.exp(-(a * x + b))) / (1 + np.exp(a * x + b))).sum(-1)
     assert np.allclose(log_slope, np.log(density / mixture / (1 - mixture)), atol=1e-12)
@@ -166,16 +167,16 @@ def test_a_normal_mean_is_the_quantile_of_the_mixture():
     w = np.array([0.2, 0.5, 0.3])
     lower, upper = (w * stats.norm.cdf(a * x + b)).sum(-1), (w * stats.norm.sf(a * x + b)).sum(-1)
     want = np.where(lower < upper, stats.norm.ppf(lower), stats.norm.isf(upper))
-    y, log_slope = normal_mean(torch.tensor(a * x + b), torch.log(torch.tensor(w)), torch.log(torch.tensor(a)))
+    y, log_slope = normal_mean(torch.tensor(a * x + b), torch.tensor(w), torch.tensor(a))
     assert np.allclose(y, want, atol=1e-12)
     slope = (w * a * stats.norm.pdf(a * x + b)).sum(-1) / stats.norm.pdf(want)
     assert np.allclose(log_slope, np.log(slope), atol=1e-11)
 
 
 def test_D15_far_out_a_normal_mean_is_its_widest_component():
-    log_w = torch.log(torch.tensor([0.25, 0.75], dtype=torch.float64))
+    w = torch.tensor([0.25, 0.75], dtype=torch.float64)
     for t in (1e3, 1e6, 1e12):
-        y, log_slope = normal_mean(torch.tensor([t, 2 * t], dtype=torch.float64), log_w, torch.zeros(2))
+        y, log_slope = normal_mean(torch.tensor([t, 2 * t], dtype=torch.float64), w, torch.ones(2))
         # The tail beyond y is a quarter of the tail beyond t.
         assert float(y) == pytest.approx(np.hypot(t, np.sqrt(-2 * np.log(0.25))), abs=10 / t**3, rel=1e-14)
         assert abs(float(log_slope)) < 2 / t
@@ -183,21 +184,64 @@ def test_D15_far_out_a_normal_mean_is_its_widest_component():
 
 def test_elu_and_leaky_means_are_what_they_say():
     c, w = torch.linspace(-3, 3, 12, dtype=torch.float64).reshape(4, 3), torch.tensor([0.2, 0.5, 0.3]).double()
-    log_w = torch.log(w)
     psi = (w * torch.nn.functional.elu(c)).sum(-1)
     want = torch.where(psi > 0, psi, torch.log1p(psi.clamp(max=0)))
-    assert torch.allclose(elu_mean(c, log_w, torch.zeros(3).double())[0], want, atol=1e-13)
+    assert torch.allclose(elu_mean(c, w, torch.ones(3).double())[0], want, atol=1e-13)
     psi = (w * torch.nn.functional.leaky_relu(c)).sum(-1)
     want = torch.where(psi > 0, psi, 100 * psi)
-    assert torch.allclose(leaky_relu_mean(c, log_w, torch.zeros(3).double())[0], want, atol=1e-13)
+    assert torch.allclose(leaky_relu_mean(c, w, torch.ones(3).double())[0], want, atol=1e-13)
 
 
 def test_tanh_is_the_sigmoid_at_twice_the_scale():
     map, raw = MAPS["tanh"], drawn("tanh", 9)
     x = torch.linspace(-1, 1, 9, dtype=torch.float64)
-    a, b, log_w = map._layers(raw)[0]
-    want = torch.atanh((torch.exp(log_w) * torch.tanh(a * x.unsqueeze(-1) + b)).sum(-1))
+    a, b, w = map._layers(raw)[0]
+    want = torch.atanh((w * torch.tanh(a * x.unsqueeze(-1) + b)).sum(-1))
     assert torch.allclose(map.forward(x, raw)[0], want, atol=1e-12)
+
+
+def test_a_dense_sigmoid_is_its_matrices():
+    """The layers by hand, with plain sigmoids and logits, and the slope by autograd."""
+    map, raw = DenseSigmoid(3, depth=2), torch.randn(33, generator=torch.Generator().manual_seed(2)).double()
+    assert map.params == 33
+
+    def rows(logits):
+        return (1 - 1e-6) * torch.softmax(logits, -1) + 1e-6 / logits.shape[-1]
+
+    def steep(raw):
+        return map.slope * (1e-3 + torch.nn.functional.softplus(raw + np.log(np.expm1(0.999))))
+
+    offsets, leans = (torch.tensor(part, dtype=torch.float64) for part in (map.offsets, map.leans))
+    a1, b1, w1, a2, b2, u2, w2 = raw.split([3, 3, 9, 3, 3, 9, 3], -1)
+
+    def by_hand(x):
+        hidden = torch.logit(rows((w1 + leans).reshape(3, 3)) @ torch.sigmoid(steep(a1) * x + offsets + b1))
+        return torch.logit(rows(w2) @ torch.sigmoid(steep(a2) * (rows(u2.reshape(3, 3)) @ hidden) + offsets + b2))
+
+    for x in torch.tensor([-2.0, 0.3, 1.7]).double():
+        y, log_slope = map.forward(x, raw)
+        assert float((y - by_hand(x)).abs()) < 1e-12
+        assert float((log_slope - torch.log(torch.autograd.functional.jacobian(by_hand, x))).abs()) < 1e-12
+
+
+def test_a_dense_sigmoid_of_one_layer_is_a_deep_one():
+    raw = drawn("sigmoid", 9)
+    x = torch.linspace(-30, 30, 9, dtype=torch.float64)
+    for one, other in zip(DenseSigmoid(6, depth=1).forward(x, raw), DeepSigmoid(6).forward(x, raw), strict=True):
+        assert torch.allclose(one, other, atol=1e-12)
+
+
+def test_far_out_the_fast_formula_is_the_one_of_logarithms():
+    """What is recorded for a second derivative is computed by logarithms; both agree at every distance."""
+    map = DeepSigmoid(16)
+    for dtype, room in ((torch.float64, 1e-12), (torch.float32, 1e-5)):
+        for reach in (1.0, 30.0, 60.0, 90.0, 300.0, 1e6, 1e20):
+            raw = torch.randn(200, map.params, generator=torch.Generator().manual_seed(1)).to(dtype)
+            x = (reach * torch.linspace(-1, 1, 200)).to(dtype)
+            fast = map.forward(x, raw)
+            slow = torch.func.vmap(map.forward)(x.double(), raw.double())
+            for got, want in zip(fast, slow, strict=True):
+                assert bool(((got - want).abs() <= room * (1 + want.abs())).all())
 
 
 def test_a_single_term_is_affine():
@@ -333,6 +377,8 @@ def test_volume_is_preserved_and_order_matters():
         ("deep_sigmoid", {"activation": "relu"}),
         ("deep_sigmoid", {"hidden_units": 0}),
         ("deep_sigmoid", {"depth": 0}),
+        ("dense_sigmoid", {"hidden_units": 0}),
+        ("dense_sigmoid", {"depth": 1.5}),
         ("logistic_mixture", {"components": 1.5}),
         ("gaussianization", {"components": -1}),
         ("unconstrained_monotonic", {"hidden_units": 0}),

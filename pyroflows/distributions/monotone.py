@@ -8,11 +8,13 @@ from typing import Literal
 from pyroflows.distributions.flow import Flow
 from pyroflows.distributions.stack import autoregressions, directed, stack
 from pyroflows.distributions.support import Support
+from pyroflows.errors import OptionError
 from pyroflows.nets import Activation
 from pyroflows.transforms import (
     Bernstein,
     Compose,
     DeepSigmoid,
+    DenseSigmoid,
     Elementwise,
     FlowTransform,
     Gaussianization,
@@ -50,6 +52,7 @@ def naf(
     hidden_units: int = 16,
     unit: Literal["sigmoid", "tanh", "ELU", "LeakyReLU"] = "sigmoid",
     depth: int = 1,
+    dense: bool = False,
     direction: Literal["score", "sample"] = "score",
     hidden_dims: Sequence[int] = (128, 128),
     activation: Activation = "relu",
@@ -57,7 +60,7 @@ def naf(
     linear: bool = False,
     support: Support | None = None,
 ) -> Flow:
-    """Neural autoregressive flow of deep sigmoids (arXiv:1804.00779).
+    """Neural autoregressive flow of deep sigmoids, or of dense ones (arXiv:1804.00779).
 
     The other direction than the fast one is found by a search of each coordinate, to the last digits.
 
@@ -68,6 +71,7 @@ def naf(
         hidden_units: the number of units of each map.
         unit: their activation, see `DeepSigmoid`.
         depth: how many means of units each map applies one after the other.
+        dense: connect ``depth`` layers of ``hidden_units`` means each, see `DenseSigmoid`; of sigmoids only.
         direction: which direction takes one pass: scoring data, or sampling.
         hidden_dims: the hidden widths of each layer's network.
         activation: its activation.
@@ -82,7 +86,9 @@ def naf(
         >>> naf(3)().sample((4,)).shape
         torch.Size([4, 3])
     """
-    map = DeepSigmoid(hidden_units, unit, depth)
+    if dense and unit != "sigmoid":
+        raise OptionError(f"dense maps are of sigmoids, got unit={unit!r}.")
+    map = DenseSigmoid(hidden_units, depth) if dense else DeepSigmoid(hidden_units, unit, depth)
     network = (hidden_dims, activation, residual)
     return _autoregressive(map, input_dim, context_dim, transforms, direction, *network, linear, support)
 

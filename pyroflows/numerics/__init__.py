@@ -1,6 +1,7 @@
 """Pure functions of tensors: splines, roots, sums. No parameters, no densities, no state."""
 
-from pyroflows.numerics.means import elu_mean, leaky_relu_mean, logistic_mean, normal_mean
+from pyroflows.numerics.logistic import deep_sigmoid, logistic_mean, mixture_parameters, mixture_weights
+from pyroflows.numerics.means import elu_mean, leaky_relu_mean, normal_mean
 from pyroflows.numerics.modes import is_plainly_eager
 from pyroflows.numerics.piecewise import piecewise_cubic, piecewise_linear, piecewise_quadratic
 from pyroflows.numerics.quadrature import gauss_legendre, powers
@@ -12,6 +13,7 @@ from pyroflows.numerics.splines import linear_rational, rational_quadratic
 __all__ = [
     "Root",
     "bounded_log_scale",
+    "deep_sigmoid",
     "elu_mean",
     "gauss_legendre",
     "is_plainly_eager",
@@ -19,6 +21,8 @@ __all__ = [
     "linear_rational",
     "logistic_mean",
     "matvec",
+    "mixture_parameters",
+    "mixture_weights",
     "monotone_root",
     "normal_mean",
     "piecewise_cubic",

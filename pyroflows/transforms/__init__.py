@@ -124,7 +124,7 @@ from pyroflows.transforms.manifolds import (
 )
 from pyroflows.transforms.maps import Additive, Affine, NumericMap, UnivariateMap
 from pyroflows.transforms.matrix import Factor, Householder, Linear, MatrixExponential, Orthogonal
-from pyroflows.transforms.mixtures import DeepSigmoid, Gaussianization, LogisticMixture
+from pyroflows.transforms.mixtures import DeepSigmoid, DenseSigmoid, Gaussianization, LogisticMixture
 from pyroflows.transforms.monotone import Bernstein, SumOfSquares, UnconstrainedMonotonic, VolumePreserving
 from pyroflows.transforms.monotone_named import (
     conditional_neural_autoregressive,
@@ -211,6 +211,7 @@ __all__ = [
     "Coupling",
     "CumulativeDistributionTransform",
     "DeepSigmoid",
+    "DenseSigmoid",
     "DiscreteCosineTransform",
     "ELUTransform",
     "Elementwise",

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Literal, NamedTuple
 
 import torch
@@ -20,16 +21,19 @@ from torch import Tensor
 from pyroflows.errors import OptionError
 from pyroflows.numerics import (
     bounded_log_scale,
+    deep_sigmoid,
     elu_mean,
     leaky_relu_mean,
     logistic_mean,
+    mixture_parameters,
+    mixture_weights,
     monotone_root,
     normal_mean,
     positive,
 )
 from pyroflows.transforms.maps import NumericMap
 
-__all__ = ["DeepSigmoid", "Gaussianization", "LogisticMixture"]
+__all__ = ["DeepSigmoid", "DenseSigmoid", "Gaussianization", "LogisticMixture"]
 
 
 class _Scale(NamedTuple):
@@ -39,6 +43,15 @@ class _Scale(NamedTuple):
     spread: float
     variance: float = math.inf  # of the distribution function that psi is
     unit: float = 1.0  # psi is the mean's own function of unit times c
+
+    def start(self, terms: int) -> tuple[float, list[float]]:
+        """The slope and the offsets of the terms at parameters that are all zero.
+
+        Terms that were all equal would get equal gradients for ever, so they start spread about zero, with a slope that
+        gives the mixture the variance of one term: near the identity.
+        """
+        slope = 1 / math.sqrt(1 - self.spread**2 * (1 - 1 / terms**2) / (3 * self.variance))
+        return slope, [slope * self.spread * ((2 * h + 1) / terms - 1) for h in range(terms)]
 
 
 LOGISTIC = _Scale(logistic_mean, spread=1.0, variance=math.pi**2 / 3)
@@ -52,42 +65,33 @@ SCALES = {
 
 
 class _Mean(NumericMap):
-    """A mean of ``terms`` affine functions, or ``depth`` such means one after the other.
-
-    Terms that were all equal would get equal gradients for ever, so they start spread about zero, with a slope that
-    gives the mixture the variance of one term: near the identity.
-    """
+    """A mean of ``terms`` affine functions, or ``depth`` such means one after the other."""
 
     def __init__(self, scale: _Scale, terms: int, depth: int = 1) -> None:
         if not isinstance(terms, int) or terms < 1 or not isinstance(depth, int) or depth < 1:
             raise OptionError(f"expected positive numbers of terms and layers, got {terms!r} and {depth!r}.")
         self.scale, self.terms, self.depth = scale, terms, depth
         self.params = 3 * terms * depth
-        spread = scale.spread
-        self.slope = 1 / math.sqrt(1 - spread**2 * (1 - 1 / terms**2) / (3 * scale.variance))
-        self.offsets = [self.slope * spread * ((2 * h + 1) / terms - 1) for h in range(terms)]
+        self.slope, self.offsets = scale.start(terms)
 
     def _layers(self, params: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
-        """Slopes, offsets and log-weights ``[..., terms]`` of each mean."""
-        offsets, layers = params.new_tensor(self.offsets), []
-        for layer in params.split(3 * self.terms, -1):
-            raw, shift, logits = layer.chunk(3, -1)
-            layers.append((self.slope * positive(raw), offsets + shift, logits.log_softmax(-1)))
-        return layers
+        """Slopes, offsets and weights ``[..., terms]`` of each mean."""
+        offsets = params.new_tensor(self.offsets)
+        return [mixture_parameters(raw, self.slope, offsets) for raw in params.split(3 * self.terms, -1)]
 
-    def _apply(self, x: Tensor, a: Tensor, b: Tensor, log_w: Tensor) -> tuple[Tensor, Tensor]:
+    def _apply(self, x: Tensor, a: Tensor, b: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         unit, largest = self.scale.unit, torch.finfo(x.dtype).max
         terms = (torch.addcmul(b, a, x.unsqueeze(-1)) * unit).clamp(-largest, largest)
-        y, log_slope = self.scale.mean(terms, log_w, torch.log(a))
+        y, log_slope = self.scale.mean(terms, w, a)
         return y / unit, log_slope
 
-    def _search(self, y: Tensor, a: Tensor, b: Tensor, log_w: Tensor) -> tuple[Tensor, Tensor]:
+    def _search(self, y: Tensor, a: Tensor, b: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
             largest = torch.finfo(y.dtype).max
             each = ((y.unsqueeze(-1) - b) / a).clamp(-largest, largest)
             bracket = each.amin(-1), each.amax(-1)
-            start = (torch.exp(log_w) * each).sum(-1)
-        root = monotone_root(lambda x: self._apply(x, a, b, log_w), y, start=start, bracket=bracket)
+            start = (w * each).sum(-1)
+        root = monotone_root(lambda x: self._apply(x, a, b, w), y, start=start, bracket=bracket)
         return root.x, -root.log_slope
 
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
@@ -148,6 +152,92 @@ class DeepSigmoid(_Mean):
         super().__init__(SCALES[activation], hidden_units, depth)
         self.activation = activation
 
+    def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """The mean and its log-slope."""
+        if self.activation != "sigmoid":
+            return super().forward(x, params)
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        y, total, params = x.to(dtype), torch.zeros((), dtype=dtype, device=x.device), params.to(dtype)
+        offsets = params.new_tensor(self.offsets)
+        for raw in params.split(3 * self.terms, -1):
+            y, log_slope = deep_sigmoid(y, raw, self.slope, offsets)
+            total = total + log_slope
+        return y.to(x.dtype), total
+
+
+class DenseSigmoid(NumericMap):
+    r"""The dense map of neural autoregressive flows (arXiv:1804.00779, section 3.2): layers
+    :math:`h \mapsto \sigma^{-1}(W \sigma(a \odot (U h) + b))` of several hidden numbers.
+
+    The first layer reads :math:`x` alone and the last one has one output. The rows of :math:`U` and :math:`W` are
+    positive and sum to one, so each number increases with :math:`x`; its slope is carried through the layers by its
+    logarithm. With one layer it is `DeepSigmoid`.
+
+    Args:
+        hidden_units: the number :math:`H` of hidden numbers, and of units, of each layer.
+        depth: the number :math:`L` of layers; ``2 L H + 2 (L - 1) H^2 + H`` parameters a dimension.
+
+    Raises:
+        OptionError: a number is not a positive integer.
+
+    Example:
+        >>> from pyroflows.transforms import Elementwise
+        >>> layer = Elementwise(DenseSigmoid(hidden_units=4), 1).double()
+        >>> x = torch.tensor([[-1e6], [0.0], [300.0]], dtype=torch.float64)
+        >>> bool((layer.inv(layer(x).clone()) - x).abs().max() < 1e-9)
+        True
+    """
+
+    def __init__(self, hidden_units: int = 8, depth: int = 2) -> None:
+        if not isinstance(hidden_units, int) or hidden_units < 1 or not isinstance(depth, int) or depth < 1:
+            raise OptionError(f"expected positive numbers of units and layers, got {hidden_units!r} and {depth!r}.")
+        self.hidden_units, self.depth = hidden_units, depth
+        self.slope, self.offsets = LOGISTIC.start(hidden_units)
+        widths = [1, *[hidden_units] * (depth - 1), 1]
+        self.sizes = [
+            (hidden_units, hidden_units, hidden_units * below if number else 0, above * hidden_units)
+            for number, (below, above) in enumerate(pairwise(widths))
+        ]
+        self.params = sum(map(sum, self.sizes))
+        # Hidden numbers that were all equal would stay so: each one starts leaning to one side by another measure.
+        lean = [(2 * h + 1) / hidden_units - 1 for h in range(hidden_units)]
+        self.leans = [i * j for i in lean for j in lean]
+
+    def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """The last layer's number and its log-slope."""
+        dtype = torch.promote_types(x.dtype, torch.float32)
+        params, hidden = params.to(dtype), x.to(dtype).unsqueeze(-1)
+        offsets, leans, log_slopes = (
+            params.new_tensor(self.offsets),
+            params.new_tensor(self.leans),
+            torch.zeros_like(hidden),
+        )
+        for number, raw in enumerate(params.split([sum(size) for size in self.sizes], -1)):
+            raw_slopes, shifts, inner, outer = raw.split(self.sizes[number], -1)
+            largest = log_slopes.detach().amax(-1, keepdim=True)
+            rises = torch.exp(log_slopes - largest)
+            if number:
+                rows = mixture_weights(inner.unflatten(-1, (self.hidden_units, -1)))
+                hidden, rises = ((rows @ each.unsqueeze(-1)).squeeze(-1) for each in (hidden, rises))
+            if number < self.depth - 1:
+                outer = outer + leans
+            a, rows = self.slope * positive(raw_slopes), mixture_weights(outer.unflatten(-1, (-1, self.hidden_units)))
+            values = torch.addcmul(offsets + shifts, a, hidden)
+            hidden, log_slopes = logistic_mean(values.unsqueeze(-2), rows, (a * rises).unsqueeze(-2))
+            log_slopes = log_slopes + largest
+        return hidden.squeeze(-1).to(x.dtype), log_slopes.squeeze(-1)
+
+    def backward(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
+        """The root, from a bracket that is widened until it holds it.
+
+        Raises:
+            InverseNotConverged: a parameter is NaN.
+        """
+        dtype = torch.promote_types(y.dtype, torch.float32)
+        wide = y.to(dtype).expand(torch.broadcast_shapes(y.shape, params.shape[:-1]))
+        root = monotone_root(lambda x: self.forward(x, params.to(dtype)), wide)
+        return root.x.to(y.dtype), -root.log_slope
+
 
 class LogisticMixture(_Mean):
     r"""The map of Flow++ (arXiv:1902.00275):
@@ -173,7 +263,7 @@ class LogisticMixture(_Mean):
     def _layers(self, params: Tensor) -> list[tuple[Tensor, Tensor, Tensor]]:
         raw, means, logits = params.chunk(3, -1)
         a = self.slope * torch.exp(-bounded_log_scale(raw, 5.0))
-        return [(a, params.new_tensor(self.offsets) - a * means, logits.log_softmax(-1))]
+        return [(a, params.new_tensor(self.offsets) - a * means, mixture_weights(logits))]
 
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """The mixture's logit, scaled and shifted."""

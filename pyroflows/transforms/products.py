@@ -10,7 +10,7 @@ from pyroflows.errors import OptionError
 from pyroflows.nets import Activation
 from pyroflows.transforms.base import with_variants
 from pyroflows.transforms.maps import Additive, Affine, UnivariateMap
-from pyroflows.transforms.mixtures import DeepSigmoid, Gaussianization, LogisticMixture
+from pyroflows.transforms.mixtures import DeepSigmoid, DenseSigmoid, Gaussianization, LogisticMixture
 from pyroflows.transforms.monotone import Bernstein, SumOfSquares, UnconstrainedMonotonic, VolumePreserving
 from pyroflows.transforms.splines import PolynomialSpline, RationalSpline
 from pyroflows.transforms.structures import Autoregressive, Coupling, Elementwise
@@ -23,6 +23,7 @@ MAPS: dict[str, Callable[..., UnivariateMap]] = {
     "affine": Affine,
     "bernstein": Bernstein,
     "deep_sigmoid": DeepSigmoid,
+    "dense_sigmoid": DenseSigmoid,
     "gaussianization": Gaussianization,
     "logistic_mixture": LogisticMixture,
     "polynomial_spline": PolynomialSpline,
