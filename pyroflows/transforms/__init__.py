@@ -103,22 +103,13 @@ from pyroflows.transforms.images import (
     with_input_dims,
 )
 from pyroflows.transforms.lemma import Planar, Radial, Sylvester
-from pyroflows.transforms.linear import (
-    LowRankLinear,
-    LULinear,
-    Permutation,
-    QRLinear,
-    SVDLinear,
-    TriangularLinear,
-)
+from pyroflows.transforms.linear import LowRankLinear, LULinear, QRLinear, SVDLinear, TriangularLinear
 from pyroflows.transforms.manifolds import (
     CIRCLE_MAPS,
-    SPHERE,
     TORUS,
     CircularAutoregressive,
     CircularCoupling,
     CircularSpline,
-    EqualArea,
     Moebius,
     wrap_angle,
 )
@@ -150,6 +141,7 @@ from pyroflows.transforms.named import (
     sylvester,
 )
 from pyroflows.transforms.normalisation import ActNorm, BatchNorm
+from pyroflows.transforms.permutation import Permutation
 from pyroflows.transforms.products import MAPS, autoregressive, coupling, elementwise, univariate_map
 from pyroflows.transforms.read_off import (
     ConditionalGeneralizedChannelPermute,
@@ -159,6 +151,7 @@ from pyroflows.transforms.read_off import (
     ConditionalRadial,
     ConditionalSpline,
 )
+from pyroflows.transforms.sphere import SPHERE, EqualArea
 from pyroflows.transforms.splines import PolynomialSpline, RationalSpline
 from pyroflows.transforms.structures import Autoregressive, Coupling, Elementwise, coupling_mask
 from pyroflows.transforms.tails import SinhArcsinh, SoftClip, SoftLog, TailTransform

@@ -44,6 +44,11 @@ __all__ = [
 ]
 
 
+def _wide(input_dim: int, hidden_dims: Sequence[int] | None) -> Sequence[int]:
+    """Two hidden layers of ``10 input_dim``, unless others are asked for."""
+    return [10 * input_dim] * 2 if hidden_dims is None else hidden_dims
+
+
 def conditional_affine_autoregressive(
     input_dim: int, context_dim: int, hidden_dims: Sequence[int] | None = None, **options: Any
 ) -> Autoregressive:
@@ -74,7 +79,7 @@ def conditional_spline(
     **options: Any,
 ) -> Spline:
     """`spline` with parameters that a network reads off a context; two hidden layers of ``10 input_dim``."""
-    hidden_dims = [10 * input_dim] * 2 if hidden_dims is None else hidden_dims
+    hidden_dims = _wide(input_dim, hidden_dims)
     return spline(input_dim, count_bins, bound, order, context_dim=context_dim, hidden_dims=hidden_dims, **options)
 
 
@@ -115,7 +120,7 @@ def conditional_householder(
     **options: Any,
 ) -> Householder:
     """`householder` with a context; two hidden layers of ``10 input_dim``, one reflection by default."""
-    hidden_dims = [10 * input_dim] * 2 if hidden_dims is None else hidden_dims
+    hidden_dims = _wide(input_dim, hidden_dims)
     return householder(input_dim, count_transforms, context_dim=context_dim, hidden_dims=hidden_dims, **options)
 
 
@@ -129,7 +134,7 @@ def conditional_matrix_exponential(
     **options: Any,
 ) -> MatrixExponential:
     """`matrix_exponential` with a context; two hidden layers of ``10 input_dim``."""
-    hidden_dims = [10 * input_dim] * 2 if hidden_dims is None else hidden_dims
+    hidden_dims = _wide(input_dim, hidden_dims)
     return matrix_exponential(
         input_dim, iterations, normalization, bound, context_dim=context_dim, hidden_dims=hidden_dims, **options
     )
@@ -139,7 +144,7 @@ def conditional_planar(
     input_dim: int, context_dim: int, hidden_dims: Sequence[int] | None = None, **options: Any
 ) -> Planar:
     """`planar` with a context; two hidden layers of ``10 input_dim``."""
-    hidden_dims = [10 * input_dim] * 2 if hidden_dims is None else hidden_dims
+    hidden_dims = _wide(input_dim, hidden_dims)
     return planar(input_dim, context_dim=context_dim, hidden_dims=hidden_dims, **options)
 
 
@@ -147,7 +152,7 @@ def conditional_radial(
     input_dim: int, context_dim: int, hidden_dims: Sequence[int] | None = None, **options: Any
 ) -> Radial:
     """`radial` with a context; two hidden layers of ``10 input_dim``."""
-    hidden_dims = [10 * input_dim] * 2 if hidden_dims is None else hidden_dims
+    hidden_dims = _wide(input_dim, hidden_dims)
     return radial(input_dim, context_dim=context_dim, hidden_dims=hidden_dims, **options)
 
 
@@ -159,7 +164,7 @@ def conditional_sylvester(
     **options: Any,
 ) -> Sylvester:
     """`sylvester` with a context, which Pyro lacks; two hidden layers of ``10 input_dim``."""
-    hidden_dims = [10 * input_dim] * 2 if hidden_dims is None else hidden_dims
+    hidden_dims = _wide(input_dim, hidden_dims)
     return sylvester(input_dim, count_transforms, context_dim=context_dim, hidden_dims=hidden_dims, **options)
 
 
@@ -167,5 +172,5 @@ def conditional_block_autoregressive(
     input_dim: int, context_dim: int, hidden_dims: Sequence[int] | None = None, **options: Any
 ) -> BlockAutoregressive:
     """`block_autoregressive` with a context, which Pyro lacks; two hidden layers of ``10 input_dim``."""
-    hidden_dims = [10 * input_dim] * 2 if hidden_dims is None else hidden_dims
+    hidden_dims = _wide(input_dim, hidden_dims)
     return block_autoregressive(input_dim, context_dim=context_dim, hidden_dims=hidden_dims, **options)

@@ -19,10 +19,10 @@ from pyroflows.transforms.block import BlockAutoregressive
 from pyroflows.transforms.dropin import ClippedAffine, Spline
 from pyroflows.transforms.dropin_coupling import SplineCoupling
 from pyroflows.transforms.lemma import Planar, Radial, Sylvester
-from pyroflows.transforms.linear import Permutation, as_permutation
 from pyroflows.transforms.maps import Additive, Affine
 from pyroflows.transforms.matrix import Householder, MatrixExponential
 from pyroflows.transforms.normalisation import BatchNorm
+from pyroflows.transforms.permutation import Permutation, as_permutation
 from pyroflows.transforms.splines import RationalSpline
 from pyroflows.transforms.structures import Autoregressive, Coupling, Elementwise
 
