@@ -1,6 +1,6 @@
 """Flows: a base and a transform in one module, whose call is a Pyro distribution; and named recipes for them."""
 
-from pyroflows.distributions.base import Base, standard_normal
+from pyroflows.distributions.base import Base, LearnedStudentT, standard_normal
 from pyroflows.distributions.block import bnaf
 from pyroflows.distributions.flow import Flow, FlowDistribution, Standardize
 from pyroflows.distributions.images import (
@@ -22,6 +22,7 @@ __all__ = [
     "Dequantized",
     "Flow",
     "FlowDistribution",
+    "LearnedStudentT",
     "Mixture",
     "MixtureDistribution",
     "PixelDistribution",

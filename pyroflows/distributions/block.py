@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from pyroflows.distributions.base import BaseName
 from pyroflows.distributions.flow import Flow
 from pyroflows.distributions.stack import directed, stack, turned
 from pyroflows.distributions.support import Support
@@ -26,6 +27,7 @@ def bnaf(
     hidden_dims: Sequence[int] = (128, 128),
     activation: Activation = "relu",
     linear: bool = False,
+    base: BaseName = "normal",
     support: Support | None = None,
 ) -> Flow:
     """Block neural autoregressive flow: scores in one pass, samples by a search of each coordinate
@@ -42,6 +44,7 @@ def bnaf(
         hidden_dims: the hidden widths of the networks that read the context, if there is one.
         activation: their activation.
         linear: put an `LULinear` layer before each.
+        base: ``"normal"``, or ``"student_t"`` for heavy tails, see `LearnedStudentT`.
         support: where the data live, if not on all real vectors.
 
     Raises:
@@ -65,4 +68,4 @@ def bnaf(
             context_activation=activation,
         )
 
-    return stack(directed(layer, direction), input_dim, transforms, linear, support)
+    return stack(directed(layer, direction), input_dim, transforms, linear, support, base=base)

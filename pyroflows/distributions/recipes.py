@@ -1,10 +1,11 @@
-"""Named flows: plain functions that stack layers on a standard normal."""
+"""Named flows: plain functions that stack layers on a base, by default a standard normal."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any, Literal
 
+from pyroflows.distributions.base import BaseName
 from pyroflows.distributions.flow import Flow
 from pyroflows.distributions.stack import autoregressions, couplings, directed, stack, turned
 from pyroflows.distributions.support import Support
@@ -34,6 +35,7 @@ def maf(
     activation: Activation = "relu",
     residual: bool = False,
     linear: bool = False,
+    base: BaseName = "normal",
     support: Support | None = None,
 ) -> Flow:
     """Masked autoregressive flow: scores in one pass, samples one coordinate after another (arXiv:1705.07057).
@@ -46,6 +48,7 @@ def maf(
         activation: its activation.
         residual: whether its hidden layers have skip connections.
         linear: put an `LULinear` layer before each.
+        base: ``"normal"``, or ``"student_t"`` for heavy tails, see `LearnedStudentT`.
         support: where the data live, if not on all real vectors.
 
     Example:
@@ -54,7 +57,7 @@ def maf(
     """
     network = {"context_dim": context_dim, "hidden_dims": hidden_dims, "activation": activation, "residual": residual}
     layer = autoregressions(Affine(), input_dim, **network)
-    return stack(lambda i: layer(i).inv, input_dim, transforms, linear, support)
+    return stack(lambda i: layer(i).inv, input_dim, transforms, linear, support, base=base)
 
 
 def iaf(
@@ -66,6 +69,7 @@ def iaf(
     activation: Activation = "relu",
     residual: bool = False,
     linear: bool = False,
+    base: BaseName = "normal",
     support: Support | None = None,
 ) -> Flow:
     """Inverse autoregressive flow: samples in one pass, scores others' points one coordinate after another
@@ -79,6 +83,7 @@ def iaf(
         activation: its activation.
         residual: whether its hidden layers have skip connections.
         linear: put an `LULinear` layer before each.
+        base: ``"normal"``, or ``"student_t"`` for heavy tails, see `LearnedStudentT`.
         support: where the data live, if not on all real vectors.
 
     Example:
@@ -87,7 +92,7 @@ def iaf(
     """
     network = {"context_dim": context_dim, "hidden_dims": hidden_dims, "activation": activation, "residual": residual}
     layer = autoregressions(Affine(), input_dim, **network)
-    return stack(layer, input_dim, transforms, linear, support)
+    return stack(layer, input_dim, transforms, linear, support, base=base)
 
 
 @with_variants({"structure": "autoregressive"}, {"structure": "autoregressive", "direction": "sample"})
@@ -105,6 +110,7 @@ def nsf(
     activation: Activation = "relu",
     residual: bool = False,
     linear: bool = False,
+    base: BaseName = "normal",
     support: Support | None = None,
 ) -> Flow:
     """Neural spline flow of rational-quadratic splines (arXiv:1906.04032).
@@ -124,6 +130,7 @@ def nsf(
         activation: the activation of the networks.
         residual: whether their hidden layers have skip connections.
         linear: put an `LULinear` layer before each.
+        base: ``"normal"``, or ``"student_t"`` for heavy tails, see `LearnedStudentT`.
         support: where the data live, if not on all real vectors.
 
     Raises:
@@ -142,11 +149,12 @@ def nsf(
     network = {"context_dim": context_dim, "hidden_dims": hidden_dims, "activation": activation, "residual": residual}
     if structure == "coupling":
         layer = couplings(RationalSpline(bins, bound), input_dim, mask, **network)
-        return stack(layer, input_dim, transforms, linear, support)
+        return stack(layer, input_dim, transforms, linear, support, base=base)
     layer = autoregressions(RationalSpline(bins, bound), input_dim, **network)
-    return stack(directed(layer, direction), input_dim, transforms, linear, support)
+    return stack(directed(layer, direction), input_dim, transforms, linear, support, base=base)
 
 
+@with_variants({"base": "student_t"})
 def realnvp(
     input_dim: int,
     *,
@@ -157,6 +165,7 @@ def realnvp(
     activation: Activation = "relu",
     residual: bool = False,
     linear: bool = False,
+    base: BaseName = "normal",
     support: Support | None = None,
 ) -> Flow:
     """Affine coupling flow: both directions take one pass (arXiv:1605.08803).
@@ -171,6 +180,7 @@ def realnvp(
         activation: its activation.
         residual: whether its hidden layers have skip connections.
         linear: put an `LULinear` layer before each.
+        base: ``"normal"``, or ``"student_t"`` for heavy tails, see `LearnedStudentT`.
         support: where the data live, if not on all real vectors.
 
     Raises:
@@ -183,7 +193,7 @@ def realnvp(
     """
     network = {"context_dim": context_dim, "hidden_dims": hidden_dims, "activation": activation, "residual": residual}
     layer = couplings(Affine(), input_dim, mask, **network)
-    return stack(layer, input_dim, transforms, linear, support)
+    return stack(layer, input_dim, transforms, linear, support, base=base)
 
 
 def nice(
@@ -196,6 +206,7 @@ def nice(
     activation: Activation = "relu",
     residual: bool = False,
     linear: bool = False,
+    base: BaseName = "normal",
     support: Support | None = None,
 ) -> Flow:
     """Additive coupling flow with one scale of each coordinate at its end (arXiv:1410.8516).
@@ -210,6 +221,7 @@ def nice(
         activation: its activation.
         residual: whether its hidden layers have skip connections.
         linear: put an `LULinear` layer before each.
+        base: ``"normal"``, or ``"student_t"`` for heavy tails, see `LearnedStudentT`.
         support: where the data live, if not on all real vectors.
 
     Raises:
@@ -223,7 +235,7 @@ def nice(
     network = {"context_dim": context_dim, "hidden_dims": hidden_dims, "activation": activation, "residual": residual}
     layer = couplings(Additive(), input_dim, mask, **network)
     scale = Elementwise(Affine(), input_dim, context_dim=context_dim, hidden_dims=hidden_dims)
-    return stack(layer, input_dim, transforms, linear, support, last=scale)
+    return stack(layer, input_dim, transforms, linear, support, last=scale, base=base)
 
 
 def planar(
@@ -235,6 +247,7 @@ def planar(
     hidden_dims: Sequence[int] = (128, 128),
     activation: Activation = "relu",
     linear: bool = False,
+    base: BaseName = "normal",
     support: Support | None = None,
 ) -> Flow:
     """Planar flow: each layer pushes along one direction (arXiv:1505.05770).
@@ -249,6 +262,7 @@ def planar(
         hidden_dims: the hidden widths of the networks that read the context, if there is one.
         activation: their activation.
         linear: put an `LULinear` layer before each.
+        base: ``"normal"``, or ``"student_t"`` for heavy tails, see `LearnedStudentT`.
         support: where the data live, if not on all real vectors.
 
     Raises:
@@ -263,7 +277,7 @@ def planar(
     def layer(i: int) -> FlowTransform:
         return Planar(input_dim, **network)
 
-    return stack(directed(layer, direction), input_dim, transforms, linear, support)
+    return stack(directed(layer, direction), input_dim, transforms, linear, support, base=base)
 
 
 def radial(
@@ -275,6 +289,7 @@ def radial(
     hidden_dims: Sequence[int] = (128, 128),
     activation: Activation = "relu",
     linear: bool = False,
+    base: BaseName = "normal",
     support: Support | None = None,
 ) -> Flow:
     """Radial flow: each layer pushes away from one centre or towards it (arXiv:1505.05770).
@@ -289,6 +304,7 @@ def radial(
         hidden_dims: the hidden widths of the networks that read the context, if there is one.
         activation: their activation.
         linear: put an `LULinear` layer before each.
+        base: ``"normal"``, or ``"student_t"`` for heavy tails, see `LearnedStudentT`.
         support: where the data live, if not on all real vectors.
 
     Raises:
@@ -303,7 +319,7 @@ def radial(
     def layer(i: int) -> FlowTransform:
         return Radial(input_dim, **network)
 
-    return stack(directed(layer, direction), input_dim, transforms, linear, support)
+    return stack(directed(layer, direction), input_dim, transforms, linear, support, base=base)
 
 
 def sylvester(
@@ -317,6 +333,7 @@ def sylvester(
     hidden_dims: Sequence[int] = (128, 128),
     activation: Activation = "relu",
     linear: bool = False,
+    base: BaseName = "normal",
     support: Support | None = None,
 ) -> Flow:
     """Sylvester flow: each layer pushes along several directions at once (arXiv:1803.05649).
@@ -333,6 +350,7 @@ def sylvester(
         hidden_dims: the hidden widths of the networks that read the context, if there is one.
         activation: their activation.
         linear: put an `LULinear` layer before each.
+        base: ``"normal"``, or ``"student_t"`` for heavy tails, see `LearnedStudentT`.
         support: where the data live, if not on all real vectors.
 
     Raises:
@@ -348,4 +366,4 @@ def sylvester(
         order = turned(input_dim, i)
         return Sylvester(input_dim, input_dim // 2 + 1, width=width, factor=factor, permutation=order, **network)
 
-    return stack(directed(layer, direction), input_dim, transforms, linear, support)
+    return stack(directed(layer, direction), input_dim, transforms, linear, support, base=base)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from pyroflows.distributions.base import standard_normal
+from pyroflows.distributions.base import BaseName, base_by_name
 from pyroflows.distributions.flow import Flow
 from pyroflows.distributions.support import Support
 from pyroflows.errors import OptionError
@@ -29,11 +29,12 @@ def stack(
     linear: bool,
     support: Support | None,
     last: FlowTransform | None = None,
+    base: BaseName = "normal",
 ) -> Flow:
-    """``transforms`` layers on a standard normal, a linear layer before each if asked.
+    """``transforms`` layers on a base, a linear layer before each if asked.
 
     Raises:
-        OptionError: ``transforms`` is not a positive integer.
+        OptionError: ``transforms`` is not a positive integer, or there is no such base.
     """
     if not isinstance(transforms, int) or transforms < 1:
         raise OptionError(f"transforms must be a positive integer, got {transforms!r}.")
@@ -44,7 +45,7 @@ def stack(
         layers.append(layer(i))
     if last is not None:
         layers.append(last)
-    return Flow(Compose(layers), standard_normal(input_dim), support=support)
+    return Flow(Compose(layers), base_by_name(base, input_dim), support=support)
 
 
 def turned(input_dim: int, i: int) -> Sequence[int]:

@@ -203,10 +203,14 @@ class AutoFlow(AutoContinuous):
         loaded from a file, and their values are taken over.
         """
         store = pyro.get_param_store()
-        parameters = dict(self._modules["transform"].named_parameters())  # type: ignore[union-attr]
+        parameters = {
+            f"{part}$$${name}": value
+            for part in ("base", "transform")
+            for name, value in self._modules[part].named_parameters()  # type: ignore[union-attr]
+        }
         own, number = self._pyro_name, 0
         while True:
-            keys = {name: f"{self._pyro_name}.transform$$${name}" for name in parameters}
+            keys = {name: f"{self._pyro_name}.{name}" for name in parameters}
             others = {name: store._params[key] for name, key in keys.items() if key in store}
             others = {name: value for name, value in others.items() if value is not parameters[name]}
             if not any(_PARAMETERS.get(id(value)) is value for value in others.values()):
