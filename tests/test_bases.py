@@ -78,7 +78,7 @@ def test_a_distribution_knows_later_weights():
         assert torch.equal(clone.log_prob(x), d.log_prob(x))
 
 
-@pytest.mark.parametrize("name", ["nsf", "maf", "realnvp", "bnaf", "planar", "mixture"])
+@pytest.mark.parametrize("name", ["nsf", "maf", "realnvp", "bnaf", "planar", "naf", "mixture"])
 def test_named_flows_take_it(name, tmp_path):
     torch.manual_seed(0)
     options = {**SMALL, "base": "student_t"} if name != "mixture" else {**SMALL, "flow": "maf", "base": "student_t"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Literal
 
+from pyroflows.distributions.base import BaseName
 from pyroflows.distributions.flow import Flow
 from pyroflows.distributions.stack import autoregressions, directed, stack
 from pyroflows.distributions.support import Support
@@ -37,11 +38,12 @@ def _autoregressive(
     activation: Activation,
     residual: bool,
     linear: bool,
+    base: BaseName,
     support: Support | None,
 ) -> Flow:
     network = {"context_dim": context_dim, "hidden_dims": hidden_dims, "activation": activation, "residual": residual}
     layer = autoregressions(map, input_dim, **network)
-    return stack(directed(layer, direction), input_dim, transforms, linear, support)
+    return stack(directed(layer, direction), input_dim, transforms, linear, support, base=base)
 
 
 def naf(
@@ -58,6 +60,7 @@ def naf(
     activation: Activation = "relu",
     residual: bool = False,
     linear: bool = False,
+    base: BaseName = "normal",
     support: Support | None = None,
 ) -> Flow:
     """Neural autoregressive flow of deep sigmoids, or of dense ones (arXiv:1804.00779).
@@ -77,6 +80,7 @@ def naf(
         activation: its activation.
         residual: whether its hidden layers have skip connections.
         linear: put an `LULinear` layer before each.
+        base: ``"normal"``, or ``"student_t"`` for heavy tails, see `LearnedStudentT`.
         support: where the data live, if not on all real vectors.
 
     Raises:
@@ -90,7 +94,7 @@ def naf(
         raise OptionError(f"dense maps are of sigmoids, got unit={unit!r}.")
     map = DenseSigmoid(hidden_units, depth) if dense else DeepSigmoid(hidden_units, unit, depth)
     network = (hidden_dims, activation, residual)
-    return _autoregressive(map, input_dim, context_dim, transforms, direction, *network, linear, support)
+    return _autoregressive(map, input_dim, context_dim, transforms, direction, *network, linear, base, support)
 
 
 def unaf(
@@ -105,6 +109,7 @@ def unaf(
     activation: Activation = "relu",
     residual: bool = False,
     linear: bool = False,
+    base: BaseName = "normal",
     support: Support | None = None,
 ) -> Flow:
     """Unconstrained monotonic autoregressive flow: integrals of positive networks (arXiv:1908.05164).
@@ -122,6 +127,7 @@ def unaf(
         activation: its activation.
         residual: whether its hidden layers have skip connections.
         linear: put an `LULinear` layer before each.
+        base: ``"normal"``, or ``"student_t"`` for heavy tails, see `LearnedStudentT`.
         support: where the data live, if not on all real vectors.
 
     Raises:
@@ -133,7 +139,7 @@ def unaf(
     """
     map = UnconstrainedMonotonic(hidden_units, bound)
     network = (hidden_dims, activation, residual)
-    return _autoregressive(map, input_dim, context_dim, transforms, direction, *network, linear, support)
+    return _autoregressive(map, input_dim, context_dim, transforms, direction, *network, linear, base, support)
 
 
 def sospf(
@@ -149,6 +155,7 @@ def sospf(
     activation: Activation = "relu",
     residual: bool = False,
     linear: bool = False,
+    base: BaseName = "normal",
     support: Support | None = None,
 ) -> Flow:
     """Sum-of-squares polynomial flow (arXiv:1905.02325).
@@ -167,6 +174,7 @@ def sospf(
         activation: its activation.
         residual: whether its hidden layers have skip connections.
         linear: put an `LULinear` layer before each.
+        base: ``"normal"``, or ``"student_t"`` for heavy tails, see `LearnedStudentT`.
         support: where the data live, if not on all real vectors.
 
     Raises:
@@ -178,7 +186,7 @@ def sospf(
     """
     map = SumOfSquares(degree, sums, bound)
     network = (hidden_dims, activation, residual)
-    return _autoregressive(map, input_dim, context_dim, transforms, direction, *network, linear, support)
+    return _autoregressive(map, input_dim, context_dim, transforms, direction, *network, linear, base, support)
 
 
 def bpf(
@@ -193,6 +201,7 @@ def bpf(
     activation: Activation = "relu",
     residual: bool = False,
     linear: bool = False,
+    base: BaseName = "normal",
     support: Support | None = None,
 ) -> Flow:
     """Bernstein polynomial flow (arXiv:2004.00464).
@@ -210,6 +219,7 @@ def bpf(
         activation: its activation.
         residual: whether its hidden layers have skip connections.
         linear: put an `LULinear` layer before each.
+        base: ``"normal"``, or ``"student_t"`` for heavy tails, see `LearnedStudentT`.
         support: where the data live, if not on all real vectors.
 
     Raises:
@@ -221,7 +231,7 @@ def bpf(
     """
     map = Bernstein(degree, bound)
     network = (hidden_dims, activation, residual)
-    return _autoregressive(map, input_dim, context_dim, transforms, direction, *network, linear, support)
+    return _autoregressive(map, input_dim, context_dim, transforms, direction, *network, linear, base, support)
 
 
 def gaussianization(
