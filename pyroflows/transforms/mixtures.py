@@ -171,7 +171,8 @@ class DenseSigmoid(NumericMap):
 
     The first layer reads :math:`x` alone and the last one has one output. The rows of :math:`U` and :math:`W` are
     positive and sum to one, so each number increases with :math:`x`; its slope is carried through the layers by its
-    logarithm. With one layer it is `DeepSigmoid`.
+    logarithm. With one layer it is `DeepSigmoid`, but for :math:`|b| < 10` here: terms that are further apart leave
+    a flat stretch between them, and stretches multiply from layer to layer until no number is small enough for a slope.
 
     Args:
         hidden_units: the number :math:`H` of hidden numbers, and of units, of each layer.
@@ -187,6 +188,8 @@ class DenseSigmoid(NumericMap):
         >>> bool((layer.inv(layer(x).clone()) - x).abs().max() < 1e-9)
         True
     """
+
+    max_shift = 10.0
 
     def __init__(self, hidden_units: int = 8, depth: int = 2) -> None:
         if not isinstance(hidden_units, int) or hidden_units < 1 or not isinstance(depth, int) or depth < 1:
@@ -222,7 +225,7 @@ class DenseSigmoid(NumericMap):
             if number < self.depth - 1:
                 outer = outer + leans
             a, rows = self.slope * positive(raw_slopes), mixture_weights(outer.unflatten(-1, (-1, self.hidden_units)))
-            values = torch.addcmul(offsets + shifts, a, hidden)
+            values = torch.addcmul(offsets + bounded_log_scale(shifts, self.max_shift), a, hidden)
             hidden, log_slopes = logistic_mean(values.unsqueeze(-2), rows, (a * rises).unsqueeze(-2))
             log_slopes = log_slopes + largest
         return hidden.squeeze(-1).to(x.dtype), log_slopes.squeeze(-1)
