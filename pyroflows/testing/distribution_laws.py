@@ -134,12 +134,14 @@ def event_shapes(trial: FlowTrial) -> None:
         value = getattr(wide, trial.draws[-1])((3,))
         expect("a sample of expand", value, (3, 5, *batch, *event))
         expect("log_prob of expand", wide.log_prob(value), (3, 5, *batch))
+        want = d.log_prob(value.clone())
+        _close_scores(trial, "log_prob of expand and of the original", wide.log_prob(value.clone()), want)
         trial.close(
-            "log_prob of expand and of the original",
-            wide.log_prob(value),
-            d.log_prob(value.clone()),
+            "log_prob of a sample of expand, by what the transform remembers and anew",
+            wide.log_prob(value).flatten(),
+            want.flatten(),
             LOG_DET[trial.dtype],
-            1e3,
+            _sensitivity(trial, d, value),
         )
         one = d.expand_by((5,)).to_event(1)
         expect("log_prob of to_event(1)", one.log_prob(one.sample()), (5, *batch)[:-1])
