@@ -315,6 +315,52 @@ def test_equal_area_is_a_chart(dtype):
     assert layer.inverse_shape(layer.forward_shape((5, 2))) == (5, 2)
 
 
+@pytest.mark.parametrize("dim", [3, 4, 8])
+@dtypes
+def test_equal_area_in_higher_dimension(dim, dtype):
+    """The area element by autograd is the log-det, and all of it is that of the sphere; finite at poles and ends."""
+    layer, exact = EqualArea(dim), torch.float64
+    torch.manual_seed(0)
+    x = (torch.rand(50, dim, dtype=dtype) * 2 - 1) * PI
+    y, log_det = layer.forward_and_log_det(x)
+    assert bool(SPHERE[dim].check(y).all())
+    jacobian = torch.stack([torch.autograd.functional.jacobian(layer._call, point.to(exact)) for point in x[:9]])
+    area = 0.5 * torch.linalg.slogdet(jacobian.mT @ jacobian)[1]
+    assert torch.allclose(area, log_det[:9].to(exact), atol=1e-6 if dtype == torch.float32 else 1e-10)
+    whole = 2 * PI ** ((dim + 1) / 2) / math.gamma((dim + 1) / 2)
+    assert float(log_det[0].exp()) * (2 * PI) ** dim == pytest.approx(whole, rel=1e-5)
+    back, log_back = layer.inverse_and_log_det(y)
+    assert torch.allclose(back, x, atol=1e-5 if dtype == torch.float32 else 1e-10)
+    assert torch.equal(log_back, -log_det)
+    for direction, edge in (
+        (layer.forward_and_log_det, torch.stack([torch.full((dim,), end, dtype=dtype) for end in (PI, -PI, 0.0)])),
+        (layer.inverse_and_log_det, torch.cat([torch.eye(dim + 1, dtype=dtype), -torch.eye(dim + 1, dtype=dtype)])),
+    ):
+        edge.requires_grad_()
+        value, _ = direction(edge)
+        (grad,) = torch.autograd.grad(value.sum(), edge)
+        assert bool(value.isfinite().all())
+        assert bool(grad.isfinite().all())
+
+
+def test_a_density_on_the_sphere_of_dimension_three():
+    """The mean over uniform points, times the area, is one; so are the moments of samples and of the density."""
+    d = perturbed(sphere(3, transforms=4, hidden_dims=(16,)), 0.3)()
+    torch.manual_seed(2)
+    with torch.no_grad():
+        uniform = torch.nn.functional.normalize(torch.randn(40000, 4, dtype=torch.float64), dim=-1)
+        weight = d.log_prob(uniform).exp() * 2 * PI**2
+        samples = d.sample((40000,))
+        assert torch.allclose(d.log_prob(samples), d.log_prob(samples.clone()), atol=1e-6)
+    error = float(weight.std()) / 200
+    assert error < 0.02
+    assert abs(float(weight.mean()) - 1) < 5 * error
+    for moment in (lambda y: y, lambda y: y * y.roll(1, -1)):
+        expected, found = (weight[:, None] * moment(uniform)), moment(samples)
+        noise = (expected.var(0) + found.var(0)).sqrt() / 200
+        assert bool(((expected.mean(0) - found.mean(0)).abs() < 5 * noise).all())
+
+
 def test_the_sphere_as_a_constraint():
     inside = torch.tensor([[0.6, 0.8, 0.0], [0.6, 0.8, 0.1]])
     assert SPHERE[2].check(inside).tolist() == [True, False]
@@ -406,8 +452,9 @@ def test_typed_errors():
         lambda: CircularAutoregressive(3, order=[0, 0, 1]),
         lambda: CircularAutoregressive(3, hidden_dims=4),
         lambda: CircularAutoregressive(3, "affine"),
-        lambda: EqualArea(3),
-        lambda: sphere(3),
+        lambda: EqualArea(0),
+        lambda: EqualArea(9),
+        lambda: sphere(9),
         lambda: sphere(2, transforms=0),
         lambda: ncsf(2, base="normal"),
         lambda: ncsf(2, structure="none"),

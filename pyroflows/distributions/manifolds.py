@@ -174,15 +174,16 @@ def sphere(
     activation: Activation = "relu",
     residual: bool = False,
 ) -> Flow:
-    r"""A density of unit vectors, on the circle or the sphere, with respect to arc length or area (arXiv:2002.02428).
+    r"""A density of unit vectors, on the circle or a sphere, with respect to arc length or area (arXiv:2002.02428).
 
-    Couplings in cylinder coordinates: the height steers a spline of the longitude, a circle, and the longitude
-    one of the height, an interval; then `EqualArea`. It starts near the uniform density.
+    Couplings in cylinder coordinates: the heights steer a spline of the longitude, a circle, and then splines of every
+    other height, an interval, are steered by the rest; then `EqualArea`. It starts near the uniform density.
 
     Args:
-        input_dim: the dimension: 1 for the circle, points of 2 numbers; 2 for the sphere, points of 3.
+        input_dim: the dimension: 1 for the circle, points of 2 numbers; 2 for the sphere, points of 3; up to 8.
         context_dim: the width of the context.
-        transforms: the number of layers; on the sphere, one turns about the axis and the next moves along it.
+        transforms: the number of layers; on the sphere, one turns about the axis and the next moves along it, and from
+            three dimensions on heights move in two layers.
         hidden_dims: the hidden widths of each layer's network.
         bins: the number of bins of a spline.
         activation: the activation of the networks.
@@ -204,12 +205,14 @@ def sphere(
         "residual": residual,
     }
 
+    heights = range(1, input_dim)
+    turns = [moved for moved in ([0], heights[::2], heights[1::2]) if moved]
+
     def layer(i: int) -> FlowTransform:
-        if input_dim == 1:
-            return CircularCoupling(1, CircularSpline(bins), **network)
-        moves = i % 2  # the longitude, then the height
-        map = CircularSpline(bins) if moves == 0 else RationalSpline(bins, math.pi)
-        mask = [moves != 0, moves == 0]
-        return CircularCoupling(2, map, mask=mask, angles=[True, False], **network)
+        moved = turns[i % len(turns)]
+        map = CircularSpline(bins) if 0 in moved else RationalSpline(bins, math.pi)
+        mask = [j not in moved for j in range(input_dim)]
+        angles = [j == 0 for j in range(input_dim)]
+        return CircularCoupling(input_dim, map, mask=mask, angles=angles, **network)
 
     return Flow(_layers(layer, transforms), uniform_angles(input_dim), chart=chart)
