@@ -102,17 +102,36 @@ def _in_box(bin: _Bin, inverse: bool) -> tuple[Tensor, Tensor, Tensor]:
     else:
         xi = bin.offset(inverse=False)
         xi_bar = 1 - xi
-    product = xi * xi_bar
-    below = s * (xi.square() + xi_bar.square()) + (d0 + d1) * product
-    above = d1 * xi.square() + 2 * s * product + d0 * xi_bar.square()
-    log_slope = 2 * torch.log(s / below) + torch.log(above)
+    above, below = _above_and_below(s, d0, d1, xi, xi_bar)
+    log_slope = torch.add(torch.log(above), torch.log(s / below), alpha=2)
     if inverse:
-        return bin.left + bin.width * xi, log_slope, xi
-    return bin.bottom + bin.height * (xi * (s * xi + d0 * xi_bar) / below), log_slope, xi
+        return torch.addcmul(bin.left, bin.width, xi), log_slope, xi
+    share = xi * torch.addcmul(d0 * xi_bar, s, xi) / below
+    return torch.addcmul(bin.bottom, bin.height, share), log_slope, xi
+
+
+def _above_and_below(s: Tensor, d0: Tensor, d1: Tensor, xi: Tensor, xi_bar: Tensor) -> tuple[Tensor, Tensor]:
+    """What is above and below the line of the slope, each a sum of positive terms."""
+    product = xi * xi_bar
+    below = torch.addcmul(s * (1 - 2 * product), d0 + d1, product)
+    above = torch.addcmul(d1 * xi.square(), d0, xi_bar.square())
+    return torch.addcmul(above, s, product, value=2), below
+
+
+def _rational_quadratic(
+    value: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, bound: float, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """The map as plain formulas, the identity outside of the box."""
+
+    def in_box(value: Tensor) -> tuple[Tensor, Tensor]:
+        result, log_slope, _ = _in_box(_find_bin(value, widths, heights, slopes, bound, inverse), inverse)
+        return result, -log_slope if inverse else log_slope
+
+    return _with_identity(value, bound, in_box)
 
 
 class _RationalQuadratic(torch.autograd.Function):
-    """The map in the box with its derivatives written out: a third of the work that autograd would do.
+    """The same map with its derivatives written out: a third of the work that autograd would do.
 
     Every parameter has a row of its own for each input. A second derivative is autograd's, of the plain formula.
     """
@@ -121,34 +140,36 @@ class _RationalQuadratic(torch.autograd.Function):
     def forward(
         ctx: Any, value: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, bound: float, inverse: bool
     ) -> tuple[Tensor, Tensor]:
-        bin = _find_bin(value, widths, heights, slopes, bound, inverse)
+        inside = value.abs() < bound
+        bin = _find_bin(value.clamp(-bound, bound), widths, heights, slopes, bound, inverse)
         result, log_slope, xi = _in_box(bin, inverse)
         ctx.bound, ctx.inverse = bound, inverse
-        ctx.save_for_backward(value, widths, heights, slopes, xi, *bin[1:])
-        return result, -log_slope if inverse else log_slope
+        ctx.save_for_backward(value, widths, heights, slopes, inside, xi, *bin[1:])
+        result, log_slope = torch.where(inside, result, value), torch.where(inside, log_slope, 0.0)
+        return result, log_slope.neg_() if inverse else log_slope
 
     @staticmethod
     def backward(ctx: Any, by_result: Tensor, by_log_slope: Tensor) -> tuple[Tensor | None, ...]:
-        value, widths, heights, slopes, xi, *rest = ctx.saved_tensors
+        value, widths, heights, slopes, inside, xi, *rest = ctx.saved_tensors
         inputs = [value, widths, heights, slopes]
         if torch.is_grad_enabled():  # the derivatives themselves are to be differentiated
             wanted = [i for i, needed in enumerate(ctx.needs_input_grad[:4]) if needed]
-            result, log_slope, _ = _in_box(
-                _find_bin(value, widths, heights, slopes, ctx.bound, ctx.inverse), ctx.inverse
-            )
-            outputs = (result, -log_slope if ctx.inverse else log_slope)
             found = torch.autograd.grad(
-                outputs, [inputs[i] for i in wanted], (by_result, by_log_slope), create_graph=True
+                _rational_quadratic(value, widths, heights, slopes, ctx.bound, ctx.inverse),
+                [inputs[i] for i in wanted],
+                (by_result, by_log_slope),
+                create_graph=True,
             )
             grads = dict(zip(wanted, found, strict=True))
             return *(grads.get(i) for i in range(4)), None, None
         bin = _Bin(value, *rest)
-        by_value, by_bin, by_slopes = _derivatives(bin, xi, by_result, by_log_slope, ctx.inverse)
+        by_log_slope, in_box = torch.where(inside, by_log_slope, 0.0), torch.where(inside, by_result, 0.0)
+        by_value, by_bin, by_slopes = _derivatives(bin, xi, in_box, by_log_slope, ctx.inverse)
         by_widths, by_heights = _by_raw_sizes(bin, *by_bin, ctx.bound).unbind(-2)
         knots = torch.zeros_like(_knot_slopes(slopes, widths.shape[-1]))
         knots.scatter_(-1, _ends(bin.number), by_slopes)
         by_slopes = knots if knots.shape == slopes.shape else knots[..., 1:-1]
-        return by_value, by_widths, by_heights, by_slopes, None, None
+        return torch.where(inside, by_value, by_result), by_widths, by_heights, by_slopes, None, None
 
 
 def _derivatives(
@@ -156,45 +177,47 @@ def _derivatives(
 ) -> tuple[Tensor, tuple[Tensor, Tensor], Tensor]:
     r"""Gradients with respect to the input, to sizes and starts of the bin ``[..., 2]``, and to the raw slopes there.
 
-    With :math:`A` above and :math:`B` below the line of :math:`d\eta/d\xi = s A / B^2`. The inverse is differentiated
+    With :math:`N = \xi (s \xi + d_0 \bar\xi)` and :math:`A`, :math:`B` above and below the line of the slope,
+    :math:`\eta = N / B` and the log-slope is :math:`\log A + 2 \log s - 2 \log B`. The inverse is differentiated
     implicitly, at fixed :math:`y = \mathrm{bottom} + h\, \eta(\xi)`.
     """
     d0, d1, w, h = bin.slope_0, bin.slope_1, bin.width, bin.height
     s, xi_bar = h / w, 1 - xi
-    left, right, product = xi_bar.square(), xi.square(), xi * xi_bar
-    above = d1 * right + 2 * s * product + d0 * left
-    below = s * (left + right) + (d0 + d1) * product
-    per_below = 1 / below
-    twice, per_above = 2 * product * per_below, 1 / above
-    share = xi * (s * xi + d0 * xi_bar) * per_below  # eta
-    rise = s * above * per_below.square()  # d eta / d xi
+    difference, product = xi_bar - xi, xi * xi_bar
+    above, below = _above_and_below(s, d0, d1, xi, xi_bar)
+    rise = torch.addcmul(d0 * xi_bar, s, xi)
+    share, per_below = xi * rise / below, below.reciprocal()
+    bend = difference * torch.sub(d0 + d1, s, alpha=2)  # of B, along xi
     if inverse:
         by_log_slope = -by_log_slope
-    by_log = by_log_slope * per_above
-    # The log-slope, with respect to xi, s, d0 and d1.
-    log_by_xi = 2 * (by_log * (d1 * xi - d0 * xi_bar + s * (xi_bar - xi)))
-    log_by_xi = log_by_xi - 2 * by_log_slope * per_below * ((xi_bar - xi) * (d0 + d1 - 2 * s))
-    log_by_s = 2 * (by_log * product + by_log_slope * (1 / s - (left + right) * per_below))
-    log_by_0 = by_log * left - by_log_slope * twice
-    log_by_1 = by_log * right - by_log_slope * twice
-    if inverse:
-        by_y = -(by_result * w + log_by_xi) / (h * rise)
-        by_value, by_left, by_width = -by_y, by_result, by_result * xi
+    by_above = by_log_slope / above
+    by_below = -2 * by_log_slope * per_below
+    by_xi = torch.addcmul(d1 * xi, s, difference).addcmul_(d0, xi_bar, value=-1).mul_(2 * by_above)
+    by_xi.addcmul_(by_below, bend)
+    if inverse:  # at a fixed y, xi gives way to every other change
+        by_share = torch.addcmul(by_xi, by_result, w) * (below.square() / (-s * above))
     else:
-        by_y = by_result
-        by_value = (by_y * h * rise + log_by_xi) / w
-        by_left, by_width = -by_value, -by_value * xi
-    # eta, with respect to s, d0 and d1.
-    by_eta = by_y * h * per_below
-    by_curve = by_eta * product * per_below
-    by_s = by_curve * (d1 * right - d0 * left) + log_by_s
-    by_0 = by_curve * xi_bar * (s * xi_bar + d1 * xi) + log_by_0
-    by_1 = log_by_1 - by_eta * product * share
-    by_width = by_width - by_s * s / w
-    by_height = by_y * share + by_s / w
+        by_share = by_result * h
+    by_upper = by_share * per_below  # with respect to N
+    by_below = torch.addcmul(by_below, by_upper, share, value=-1)
+    by_s = torch.addcmul(by_below, product, by_above - by_below, value=2)
+    by_s.addcmul_(xi.square(), by_upper).addcdiv_(by_log_slope, s, value=2)
+    by_0 = torch.addcmul(product * (by_below + by_upper), xi_bar.square(), by_above)
+    by_1 = torch.addcmul(product * by_below, xi.square(), by_above)
+    by_slope = by_s / w
+    if inverse:
+        by_bottom, by_left = by_share / h, by_result
+        by_value, by_width = -by_bottom, by_left * xi
+    else:
+        by_xi.addcmul_(by_upper, torch.addcmul(rise, xi, s - d0)).addcmul_(by_upper * share, bend, value=-1)
+        by_value, by_bottom = by_xi / w, by_result
+        by_left = -by_value
+        by_width = by_left * xi
+    by_width = torch.addcmul(by_width, by_slope, s, value=-1)
+    by_height = torch.addcmul(by_slope, by_bottom, share)
     tanh = bin.log_slopes * (1 / MAX_LOG_SLOPE)
     by_slopes = torch.stack([by_0 * d0, by_1 * d1], -1) * (1 - tanh.square())
-    return by_value, (torch.stack([by_width, by_height], -1), torch.stack([by_left, by_y], -1)), by_slopes
+    return by_value, (torch.stack([by_width, by_height], -1), torch.stack([by_left, by_bottom], -1)), by_slopes
 
 
 def _by_raw_sizes(bin: _Bin, by_size: Tensor, by_start: Tensor, bound: float) -> Tensor:
@@ -217,14 +240,21 @@ def _knot_slopes(slopes: Tensor, bins: int) -> Tensor:
     return pad(slopes, (1, 1)) if slopes.shape[-1] == bins - 1 else slopes
 
 
-def _with_tails(
-    value: Tensor, slopes: Tensor, bins: int, bound: float, inverse: bool, in_box: Any
-) -> tuple[Tensor, Tensor]:
-    """A map of the box, continued by the identity, or linearly if the end knots have slopes of their own."""
-    inside = (value > -bound) & (value < bound)
+def _with_identity(value: Tensor, bound: float, in_box: Any) -> tuple[Tensor, Tensor]:
+    """A map of the box, continued by the identity."""
+    inside = value.abs() < bound
     result, log_slope = in_box(value.clamp(-bound, bound))
+    return torch.where(inside, result, value), torch.where(inside, log_slope, torch.zeros_like(log_slope))
+
+
+def _with_tails(
+    mapped: tuple[Tensor, Tensor], value: Tensor, slopes: Tensor, bins: int, bound: float, inverse: bool
+) -> tuple[Tensor, Tensor]:
+    """A map as it is, or continued linearly outside of the box if the end knots have slopes of their own."""
     if slopes.shape[-1] == bins - 1:
-        return torch.where(inside, result, value), torch.where(inside, log_slope, torch.zeros_like(log_slope))
+        return mapped
+    result, log_slope = mapped
+    inside = value.abs() < bound
     log_end = bounded_log_scale(torch.where(value > 0, slopes[..., -1], slopes[..., 0]), MAX_LOG_SLOPE)
     if inverse:
         log_end = -log_end
@@ -265,15 +295,10 @@ def rational_quadratic(
         >>> rational_quadratic(x, raw, raw, raw[:, 1:], bound=5.0)[0]
         tensor([0.3000, 7.0000])
     """
-    bins = int(widths.shape[-1])
-
-    def in_box(value: Tensor) -> tuple[Tensor, Tensor]:
-        if widths.shape[:-1] == value.shape and is_plainly_eager():
-            return _RationalQuadratic.apply(value, widths, heights, slopes, bound, inverse)
-        result, log_slope, _ = _in_box(_find_bin(value, widths, heights, slopes, bound, inverse), inverse)
-        return result, -log_slope if inverse else log_slope
-
-    return _with_tails(value, slopes, bins, bound, inverse, in_box)
+    own_rows = widths.shape[:-1] == value.shape and is_plainly_eager()
+    function = _RationalQuadratic.apply if own_rows else _rational_quadratic
+    mapped = function(value, widths, heights, slopes, bound, inverse)
+    return _with_tails(mapped, value, slopes, int(widths.shape[-1]), bound, inverse)
 
 
 def linear_rational(
@@ -316,7 +341,6 @@ def linear_rational(
         >>> linear_rational(x, raw, raw, raw[:, 1:], raw, bound=5.0)[0]
         tensor([0.3000, 7.0000])
     """
-    bins = int(widths.shape[-1])
 
     def in_box(value: Tensor) -> tuple[Tensor, Tensor]:
         bin = _find_bin(value, widths, heights, slopes, bound, inverse)
@@ -344,4 +368,5 @@ def linear_rational(
         mapped = weight * height * near / below
         return bin.bottom + bin.height * torch.where(on_left, mapped, 1 - mapped), log_slope
 
-    return _with_tails(value, slopes, bins, bound, inverse, in_box)
+    mapped = _with_identity(value, bound, in_box)
+    return _with_tails(mapped, value, slopes, int(widths.shape[-1]), bound, inverse)
