@@ -68,8 +68,7 @@ def _find_bin(value: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor, bo
     knots = knots + torch.arange(1, bins, dtype=value.dtype, device=value.device) * least - bound
     number = (value.unsqueeze(-1) >= knots).sum(-1, keepdim=True)
 
-    shape = torch.broadcast_shapes(number.shape[:-1], totals.shape[:-1])
-    number = number.expand(*shape, 1)
+    shape = number.shape[:-1]  # that of the inputs and the parameters together
     pair = number.unsqueeze(-2).expand(*shape, 2, 1)
     weight = weights.expand(*shape, 2, bins).gather(-1, pair).squeeze(-1)
     before = sums.expand(*shape, 2, bins).gather(-1, pair).squeeze(-1) - weight
