@@ -227,12 +227,35 @@ def test_a_dense_sigmoid_is_its_matrices():
         assert float((log_slope - torch.log(torch.autograd.functional.jacobian(by_hand, x))).abs()) < 1e-12
 
 
+def test_a_flow_of_dense_sigmoids():
+    flow = pf.flow("naf", input_dim=2, transforms=2, hidden_dims=(16,), hidden_units=4, depth=2, dense=True).double()
+    assert isinstance(next(layer.map for layer in flow.modules() if hasattr(layer, "map")), DenseSigmoid)
+    x = 30 * torch.tensor([[1.0, -1.0], [-0.1, 0.5]], dtype=torch.float64)
+    y, log_det = flow.transform.forward_and_log_det(x)
+    back, opposite = flow.transform.inverse_and_log_det(y.detach().clone())
+    assert torch.allclose(back, x, atol=1e-10)
+    assert torch.allclose(opposite, -log_det, atol=1e-10)
+    with pytest.raises(OptionError, match="tanh"):
+        pf.flow("naf", input_dim=2, unit="tanh", dense=True)
+
+
 def test_a_dense_sigmoid_of_one_layer_is_a_deep_one():
     raw = drawn("sigmoid", 9)
     x = torch.linspace(-30, 30, 9, dtype=torch.float64)
     raw[:, 6:12] = 0.0  # its shifts are bounded
     for one, other in zip(DenseSigmoid(6, depth=1).forward(x, raw), DeepSigmoid(6).forward(x, raw), strict=True):
         assert torch.allclose(one, other, atol=1e-12)
+
+
+@pytest.mark.parametrize("name", ["sigmoid", "dense", "logistic_mixture"])
+def test_autocast_changes_no_digit(name):
+    map, raw = MAPS[name], drawn(name, 5, dtype=torch.float32)
+    x = torch.linspace(-3, 3, 5)
+    want = map.forward(x, raw)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = map.forward(x, raw)
+    for one, other in zip(got, want, strict=True):
+        assert torch.equal(one, other)
 
 
 def test_far_out_the_fast_formula_is_the_one_of_logarithms():

@@ -60,11 +60,6 @@ class _Sums(NamedTuple):
     slope: Tensor  # of w v sigma(c) sigma(-c)
 
 
-def _total(terms: Tensor) -> Tensor:
-    """The sum over the last dimension, kept; for a few terms a product with ones is what is fast."""
-    return (terms @ terms.new_ones(terms.shape[-1])).unsqueeze(-1)
-
-
 # In place wherever a tensor is our own: fresh memory costs more than what is done with it.
 
 
@@ -86,8 +81,8 @@ def _by_sums(c: Tensor, w: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, _
     torch.copysign(size.sub_(least).add_(near), c, out=above)
     torch.neg(above, out=below)
     both.sigmoid_()
-    tails = _total(w * both)
-    slope = _total(torch.mul(above, below, out=size).mul_(w).mul_(v))
+    tails = (w * both).sum(-1, keepdim=True)
+    slope = torch.mul(above, below, out=size).mul_(w).mul_(v).sum(-1, keepdim=True)
     log_tails, moved = torch.log(tails), least.sub_(near)
     ratio = log_tails[0] - log_tails[1]
     # With all on one side the smaller tail has been moved too: it is below exp(-far), else not below the least weight.
@@ -162,12 +157,12 @@ class _DeepSigmoid(torch.autograd.Function):
         to_slopes, to_shifts, to_logits = by_raw.chunk(3, -1)
         to_shifts.copy_(by_b)
         scratch = by_b * a
-        by_x = _total(scratch).squeeze(-1)
+        by_x = scratch.sum(-1)
         by_a.div_(a).add_(by_b.mul_(x.unsqueeze(-1))).mul_(ctx.slope)
         torch.mul(by_a, torch.add(raw.chunk(3, -1)[0], UNIT_SLOPE, out=scratch).sigmoid_(), out=to_slopes)
         moving = torch.sub(w, LEAST_WEIGHT / w.shape[-1], out=scratch)  # what is not the least weight
         by_logits.div_(w).mul_(moving)
-        torch.sub(by_logits, moving.mul_(_total(by_logits).div_(1 - LEAST_WEIGHT)), out=to_logits)
+        torch.sub(by_logits, moving.mul_(by_logits.sum(-1, keepdim=True).div_(1 - LEAST_WEIGHT)), out=to_logits)
         return by_x, by_raw, None, None
 
 

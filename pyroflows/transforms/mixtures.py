@@ -221,7 +221,7 @@ class DenseSigmoid(NumericMap):
             rises = torch.exp(log_slopes - largest)
             if number:
                 rows = mixture_weights(inner.unflatten(-1, (self.hidden_units, -1)))
-                hidden, rises = ((rows @ each.unsqueeze(-1)).squeeze(-1) for each in (hidden, rises))
+                hidden, rises = ((rows * each.unsqueeze(-2)).sum(-1) for each in (hidden, rises))  # no matmul: autocast
             if number < self.depth - 1:
                 outer = outer + leans
             a, rows = self.slope * positive(raw_slopes), mixture_weights(outer.unflatten(-1, (-1, self.hidden_units)))

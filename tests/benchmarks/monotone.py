@@ -91,10 +91,10 @@ def bananas(count: int, d: int) -> torch.Tensor:
 
 def _latents_ours(flow: pf.distributions.Flow, x: torch.Tensor, times: int) -> torch.Tensor:
     flow = copy.deepcopy(flow)
-    for layer in flow.modules():
-        if isinstance(getattr(layer, "map", None), UnconstrainedMonotonic):
-            nodes = len(layer.map.rules[0][1]) * times  # of float32, which the steps are timed in
-            layer.map.rules = (_rule(nodes), _rule(nodes))
+    maps = {layer.map for layer in flow.modules() if isinstance(getattr(layer, "map", None), UnconstrainedMonotonic)}
+    for each in maps:  # one for all layers
+        nodes = len(each.rules[0][1]) * times  # of float32, which the steps are timed in
+        each.rules = (_rule(nodes), _rule(nodes))
     return flow.double().transform.inverse_and_log_det(x)[0]
 
 
