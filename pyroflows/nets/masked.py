@@ -61,8 +61,7 @@ def masked_linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor, blocks:
         tensor([1., 2.])
     """
     large = blocks and x.shape[:-1].numel() * weight.numel() >= WORTH
-    plain = x.dtype == weight.dtype and not torch.is_autocast_enabled(x.device.type)
-    if large and plain and is_plainly_eager():
+    if large and x.dtype == weight.dtype and is_plainly_eager() and not torch.is_autocast_enabled(x.device.type):
         return _ByBlocks.apply(x.reshape(-1, x.shape[-1]), weight, mask, bias, blocks).reshape(*x.shape[:-1], -1)
     return linear(x, weight * mask, bias)
 
