@@ -9,13 +9,26 @@ from pyroflows.numerics.reduce import matvec, sum_last
 from pyroflows.numerics.roots import Root, monotone_root
 from pyroflows.numerics.scales import bounded_log_scale, positive
 from pyroflows.numerics.splines import linear_rational, rational_quadratic
+from pyroflows.numerics.trace import (
+    Trace,
+    draw_probes,
+    exact_divergence,
+    hutch_plus_plus,
+    hutchinson,
+    total_derivative,
+)
 
 __all__ = [
     "Root",
+    "Trace",
     "bounded_log_scale",
     "deep_sigmoid",
+    "draw_probes",
     "elu_mean",
+    "exact_divergence",
     "gauss_legendre",
+    "hutch_plus_plus",
+    "hutchinson",
     "is_plainly_eager",
     "leaky_relu_mean",
     "linear_rational",
@@ -32,4 +45,5 @@ __all__ = [
     "powers",
     "rational_quadratic",
     "sum_last",
+    "total_derivative",
 ]
