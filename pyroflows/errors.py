@@ -23,6 +23,7 @@ __all__ = [
     "NotNumeric",
     "NotRebuildable",
     "NotReparametrized",
+    "ODESolveError",
     "OptionError",
     "OutsideSupport",
     "PluginBlocked",
@@ -78,6 +79,31 @@ class InverseNotConverged(PyroflowsError, RuntimeError):
     def __init__(self, message: str, *, residual: float = math.nan, count: int = 0, steps: int = 0) -> None:
         super().__init__(message)
         self.residual, self.count, self.steps = residual, count, steps
+
+
+class ODESolveError(PyroflowsError, RuntimeError):
+    """A differential equation was not solved to its end.
+
+    Attributes:
+        t: the time at which the worst row stopped.
+        dt: the step that it would have taken next.
+        nfe: how many times the field was evaluated.
+        norm: the largest absolute entry of that row's state.
+        rows: the numbers of all rows that stopped.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        t: float = math.nan,
+        dt: float = math.nan,
+        nfe: int = 0,
+        norm: float = math.nan,
+        rows: Sequence[int] = (),
+    ) -> None:
+        super().__init__(message)
+        self.t, self.dt, self.nfe, self.norm, self.rows = t, dt, nfe, norm, tuple(rows)
 
 
 # --- data and training -----------------------------------------------------------------------------------
