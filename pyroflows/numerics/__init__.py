@@ -3,6 +3,7 @@
 from pyroflows.numerics.logistic import deep_sigmoid, logistic_mean, mixture_parameters, mixture_weights
 from pyroflows.numerics.means import elu_mean, leaky_relu_mean, normal_mean
 from pyroflows.numerics.modes import is_plainly_eager
+from pyroflows.numerics.ode import Solution, Work, ode_solvers, solve
 from pyroflows.numerics.piecewise import piecewise_cubic, piecewise_linear, piecewise_quadratic
 from pyroflows.numerics.quadrature import gauss_legendre, powers
 from pyroflows.numerics.reduce import matvec, sum_last
@@ -20,7 +21,9 @@ from pyroflows.numerics.trace import (
 
 __all__ = [
     "Root",
+    "Solution",
     "Trace",
+    "Work",
     "bounded_log_scale",
     "deep_sigmoid",
     "draw_probes",
@@ -38,12 +41,14 @@ __all__ = [
     "mixture_weights",
     "monotone_root",
     "normal_mean",
+    "ode_solvers",
     "piecewise_cubic",
     "piecewise_linear",
     "piecewise_quadratic",
     "positive",
     "powers",
     "rational_quadratic",
+    "solve",
     "sum_last",
     "total_derivative",
 ]

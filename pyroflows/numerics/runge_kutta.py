@@ -222,7 +222,7 @@ def adapt(
     s = state.new_zeros(rows, 1)
     first = velocity(t0.expand(rows, 1), state, *carried)
     with torch.no_grad():
-        ds = _first_step(velocity, state, first, t0, t1, carried, control, tableau.order)
+        ds = _short(_first_step(velocity, state, first, t0, t1, carried, control, tableau.order))
     done: list[tuple[Tensor, Tensor]] = []
     failed: list[_Failure] = []
     while len(index):
@@ -242,9 +242,10 @@ def adapt(
             finite = torch.isfinite(ratio) & torch.isfinite(end).all(1, keepdim=True)
             taken = (ratio <= 1) & finite
             factor = (0.9 * ratio.pow(-1 / tableau.order)).clamp_(0.2, 10)
-            ds_next = torch.where(finite, factor, 0.2) * fraction
-            stuck = ~taken & (ds_next <= eps * (s + eps))
-            leaving = stuck | (taken & (s_end >= 1))
+            ds_next = _short(torch.where(finite, factor, 0.2) * fraction)
+            arrived = taken & (s_end >= 1)
+            stuck = ~arrived & (ds_next <= 16 * eps * (s + eps))
+            leaving = stuck | arrived
             all_taken, any_leaving, all_finite = torch.stack((taken.all(), leaving.any(), finite.all())).tolist()
             if whole and not all_finite:
                 taken = torch.zeros_like(taken)
@@ -277,6 +278,17 @@ def adapt(
 
 def _rows_of(mask: Tensor) -> Tensor:
     return mask.squeeze(1).nonzero().squeeze(1)
+
+
+def _short(size: Tensor) -> Tensor:
+    """Positive sizes, rounded down to nine binary digits.
+
+    Step sizes follow from errors, whose last digits are rounding. Cut off here, they do not grow from step to step
+    into different results on another machine or in another batch.
+    """
+    if size.dtype == torch.float64:
+        return torch.bitwise_and(size.view(torch.int64), -(1 << 44)).view(torch.float64)
+    return torch.bitwise_and(size.view(torch.int32), -(1 << 15)).view(torch.float32)
 
 
 def _first_step(
@@ -318,7 +330,12 @@ class _Failure(NamedTuple):
 _WHY = {
     "velocity": (
         "non-finite velocity",
-        "The field returned NaN or an infinite value there: check its parameters and its domain.",
+        "The field returned NaN or an infinite value there: check its parameters and its domain; if the state is "
+        "large, it exploded before.",
+    ),
+    "state": (
+        "the state overflowed",
+        "It is too large for its dtype: scale it, or take float64.",
     ),
     "step": (
         "the step fell below the resolution of time",
@@ -335,20 +352,19 @@ _WHY = {
 def failure(
     why: str,
     *,
-    count: int,
     total: int,
     t: float,
     dt: float,
     nfe: int,
     norm: float,
     span: tuple[float, float],
-    rows: Sequence[int] = (),
+    rows: Sequence[int],
 ) -> ODESolveError:
     """The error of rows that stopped, with numbers and a hint."""
     what, hint = _WHY[why]
     return ODESolveError(
-        f"{count} of {total} rows were not solved from t={span[0]:.6g} to t={span[1]:.6g}: {what} at t={t:.6g} "
-        f"(dt={dt:.3g}, nfe={nfe}, largest entry of the state {norm:.3g}). {hint}",
+        f"{len(rows) or total} of {total} rows were not solved from t={span[0]:.6g} to t={span[1]:.6g}: {what} at "
+        f"t={t:.6g} (dt={dt:.3g}, nfe={nfe}, largest entry of the state {norm:.3g}). {hint}",
         t=t,
         dt=dt,
         nfe=nfe,
@@ -364,7 +380,6 @@ def _error(failed: list[_Failure], total: int, t0: Tensor, t1: Tensor, nfe: int)
     rows = torch.cat([f.rows for f in failed]).sort().values.tolist()
     return failure(
         worst.why,
-        count=len(rows),
         total=total,
         t=start + (end - start) * float(worst.s[row]),
         dt=(end - start) * float(worst.ds[row]),
