@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import elu, gelu, silu, softplus
+from torch.nn.functional import elu, gelu, hardtanh, silu, softplus
 
 from pyroflows.errors import OptionError
 from pyroflows.nets.mlp import Activation, activation_module
@@ -16,7 +16,7 @@ from pyroflows.numerics import hutchinson
 __all__ = ["Smooth", "smooth_softplus"]
 
 LIMIT = 1e8
-"""No value is larger, so that no weight of ordinary size can overflow."""
+"""An argument beyond counts as this, so that no weight of ordinary size can overflow."""
 
 
 def smooth_softplus(a: Tensor) -> Tensor:
@@ -49,7 +49,7 @@ _KINKED = (nn.ReLU, nn.LeakyReLU, nn.ReLU6, nn.Hardtanh, nn.PReLU, nn.RReLU, nn.
 
 
 class Smooth(nn.Module):
-    """An activation with its slope; no value above `LIMIT`, where the slope is zero."""
+    """An activation with its slope, constant from `LIMIT` on."""
 
     def __init__(self, activation: Activation) -> None:
         super().__init__()
@@ -72,8 +72,8 @@ class Smooth(nn.Module):
     def forward(self, a: Tensor) -> Tensor:
         if self.name in _BOUNDED:
             return _BOUNDED[self.name][0](a)
-        value: Tensor = _GROWING[self.name][0](a) if self.module is None else self.module(a)
-        return value.clamp(max=LIMIT)
+        held = hardtanh(a, -LIMIT, LIMIT)
+        return _GROWING[self.name][0](held) if self.module is None else self.module(held)
 
     def with_slope(self, a: Tensor) -> tuple[Tensor, Tensor]:
         if self.name in _BOUNDED:
@@ -82,7 +82,8 @@ class Smooth(nn.Module):
             return y, slope_of(a, y)
         if self.module is None:
             function, slope_of = _GROWING[self.name]
-            y = function(a)
-            return y.clamp(max=LIMIT), slope_of(a, y) * (y < LIMIT)
+            held = hardtanh(a, -LIMIT, LIMIT)
+            y = function(held)
+            return y, slope_of(held, y) * (y < LIMIT)  # flat on the other side by itself
         linearised = hutchinson(self, a, torch.ones_like(a).unsqueeze(0))  # J'1 is the slope where units do not mix
         return linearised.value, linearised.products[0]  # type: ignore[index]

@@ -93,6 +93,7 @@ class Velocity(nn.Module, ABC):
         return Trace(value, divergence, None, estimate.products, estimate.share)
 
     def _by_products(self, t: Tensor | float, x: Tensor, context: Tensor | None) -> Trace:
+        self._check(t, x, context)
         batch = x.shape[:-1]
         if context is not None:
             batch = torch.broadcast_shapes(batch, context.shape[:-1])
@@ -328,6 +329,11 @@ class UserVelocity(Velocity):
             return super().with_divergence(t, x, context)
         self._check(t, x, context)
         return own(t, x) if context is None else own(t, x, context)
+
+    def trace(self, t: Tensor | float, x: Tensor, context: Tensor | None = None, probes: Tensor | None = None) -> Trace:
+        if hasattr(self.net, "with_divergence"):
+            return super().trace(t, x, context, probes)
+        return self._by_products(t, x, context)
 
 
 def as_velocity(net: nn.Module, input_dim: int, context_dim: int = 0) -> Velocity:
