@@ -48,7 +48,7 @@ def closely(got, expected, scale):
 
 
 MLPS = list(itertools.product(["concat", "concatsquash", "film"], [False, True], [1, 2, 3, 4], [0, 2]))
-SMOOTH = ["tanh", "sigmoid", "softplus", "silu", "gelu", "elu", nn.Mish, nn.Softplus(beta=2.0)]
+SMOOTH = ["tanh", "sigmoid", "softplus", "silu", "gelu", "elu", nn.LogSigmoid, nn.Softplus(beta=2.0)]
 
 
 def fields():

@@ -210,7 +210,9 @@ class VelocityMLP(Velocity):
         for weight, fan_in in zip(self.weights, fan_ins, strict=True):
             uniform(weight, fan_in)
         gated = conditioning != "concat"
-        self.steering = Steering(outputs + hidden_dims * gated, context_dim, fan_ins + fan_ins[:-1] * gated)
+        self.steering = Steering(
+            (*outputs, *(sum(hidden_dims),) * gated), context_dim, (*fan_ins, *(1 + context_dim,) * gated)
+        )
         with torch.no_grad():
             self.weights[-1].mul_(0.01)
             for name, parameter in self.steering.named_parameters():
@@ -234,15 +236,17 @@ class VelocityMLP(Velocity):
         self._check(t, x, context)
         dtype = torch.promote_types(x.dtype, torch.float32)
         weights = [weight.to(dtype) for weight in self.weights]
-        shifts = self.steering(t, context, dtype)
         layers = len(weights) - 1
+        *shifts, last_shift = self.steering(t, context, dtype)
         gates: list[Tensor | None] = [None] * layers
-        for k, raw in enumerate(shifts[layers + 1 :]):
-            gate = torch.sigmoid(raw) if self.conditioning == "concatsquash" else 1 + 2 * torch.tanh(raw / 2)
-            if gate.dim() == 1:
-                weights[k] = gate.unsqueeze(-1) * weights[k]
-            else:
-                gates[k] = gate
+        if self.conditioning != "concat":
+            raw, last_shift = last_shift, shifts.pop()
+            squashed = torch.sigmoid(raw) if self.conditioning == "concatsquash" else 1 + 2 * torch.tanh(raw / 2)
+            for k, gate in enumerate(squashed.split([len(weight) for weight in weights[:-1]], -1)):
+                if gate.dim() == 1:
+                    weights[k] = gate.unsqueeze(-1) * weights[k]
+                else:
+                    gates[k] = gate
         run = _Pass(x, weights, gates, [])
         hidden = hardtanh(x.to(dtype), -REACH, REACH)
         before = None
@@ -253,7 +257,7 @@ class VelocityMLP(Velocity):
                 run.slopes.append(slope)
             else:
                 hidden = self.activation(before)
-        return run._replace(value=_layer(hidden, weights[-1], None, shifts[layers], None))
+        return run._replace(value=_layer(hidden, weights[-1], None, last_shift, None))
 
     def _divergence(self, run: _Pass) -> Tensor:
         first, *middle, last = run.weights
