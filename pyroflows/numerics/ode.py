@@ -32,7 +32,8 @@ class Work:
     """How many times a field was evaluated.
 
     Attributes:
-        forward: for the solution.
+        forward: for the solution. Where a gradient is to be recorded by "adjoint" or "checkpoint", one of them, of a
+            single row, looks for the tensors that the field depends on.
         backward: for its gradient, each time with a vector-Jacobian product; 0 before ``backward()`` has run, and
             with ``gradient="direct"``, which evaluates nothing again.
     """
@@ -129,7 +130,7 @@ def solve(
     """
     _check_shapes(state, carried)
     columns = slice(controlled) if isinstance(controlled, int) else controlled
-    if not range(state.shape[1])[columns] and state.shape[1]:
+    if not range(state.shape[1])[columns]:
         raise OptionError(f"No column steers the steps: expected controlled within {state.shape[1]} columns.")
     given = state.dtype
     # Steps are added up in float32 at least; the field keeps its own precision.
@@ -139,17 +140,19 @@ def solve(
     work = Work()
     problem = Problem(field, solver, tableau, control, steps or 20, dict(options or {}), given, work, _autocast(state))
     state, carried = state.to(dtype), tuple(carried)
+    start, end = (float(t.detach()) if isinstance(t, Tensor) else float(t) for t in (t0, t1))
     t0, t1 = (torch.as_tensor(t, dtype=dtype, device=state.device).reshape(()) for t in (t0, t1))
-    eager = is_plainly_eager()
-    if not eager and _under_vmap():
-        if problem.adaptive:
+    if not is_plainly_eager():
+        gradient = "direct"
+        if not problem.adaptive:
+            # Fixed steps look at no value, so compilers and transforms see them through.
+            out = problem.run(problem.counted("forward"), state, t0, t1, carried)
+            return Solution(out.to(given), work.forward, work)
+        if _under_vmap():
             raise OptionError(
                 f"solver={solver!r} chooses its steps by looking at the state, which vmap hides; expected a batch as "
                 "rows of the state, or a solver of fixed steps: 'euler', 'midpoint', 'rk4'."
             )
-        out = problem.run(problem.counted("forward"), state, t0, t1, carried)
-        return Solution(out.to(given), work.forward, work)
-    start, end = float(t0.detach()), float(t1.detach())
     if not (math.isfinite(start) and math.isfinite(end)):
         raise OptionError(f"Expected finite times, got t0={start}, t1={end}.")
     if start == end or not len(state):
@@ -161,7 +164,7 @@ def solve(
         if tensor.is_floating_point():
             finite = finite & torch.isfinite(tensor.flatten(1)).all(1)
     if bool(finite.all()):
-        out = differentiable_solution(problem, gradient if eager else "direct", state, t0, t1, carried, parameters)
+        out = differentiable_solution(problem, gradient, state, t0, t1, carried, parameters)
     else:
         rows = finite.nonzero().squeeze(1)
         out = torch.full_like(state, math.nan)
@@ -169,7 +172,7 @@ def solve(
             with numbered(rows):
                 some = tuple(tensor.index_select(0, rows) for tensor in carried)
                 part = state.index_select(0, rows)
-                part = differentiable_solution(problem, gradient if eager else "direct", part, t0, t1, some, parameters)
+                part = differentiable_solution(problem, gradient, part, t0, t1, some, parameters)
             out = out.index_copy(0, rows, part)
     return Solution(out.to(given), work.forward, work)
 
