@@ -273,8 +273,8 @@ def adapt(
             if len(lost):
                 numbers, at, size, values = (x.detach().index_select(0, lost) for x in (index, s, ds, state))
                 failed.append(_Failure(numbers, at, size, values, why))
-        arrived, stay = _rows_of(leaving & ~stuck), _rows_of(~leaving)
-        done.append((index.index_select(0, arrived), state.index_select(0, arrived)))
+        there, stay = _rows_of(leaving & ~stuck), _rows_of(~leaving)
+        done.append((index.index_select(0, there), state.index_select(0, there)))
         index, s, ds, last, state, first = (x.index_select(0, stay) for x in (index, s, ds, last, state, first))
         carried = tuple(x.index_select(0, stay) for x in carried)
     if failed:
