@@ -71,7 +71,6 @@ def _by_sums(c: Tensor, w: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, _
         w: weights, of the same shape.
         v: slopes, of the same shape.
     """
-    largest = torch.finfo(c.dtype).max
     largest, far = torch.finfo(c.dtype).max, FAR[c.dtype]
     size = c.clamp_(-largest, largest).abs()
     least = size.amin(-1, keepdim=True)
