@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyroflows.errors import OptionError
-from pyroflows.numerics import piecewise_cubic, piecewise_linear, piecewise_quadratic
+from pyroflows.numerics import piecewise_cubic, piecewise_linear, piecewise_quadratic, rational_quadratic
 from pyroflows.numerics.piecewise import _cubic, _cubic_root
 from pyroflows.transforms import CircularSpline, PolynomialSpline, RationalSpline, coupling, elementwise, univariate_map
 
@@ -385,3 +385,21 @@ def test_kernels_broadcast():
         y, log_slope = f(x)
         assert y.shape == log_slope.shape == x.shape
         assert torch.equal(f(x[2, 1:2])[0], y[2, 1:2])
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_second_derivatives_where_the_parameters_depend_on_the_point(inverse, monkeypatch):
+    torch.manual_seed(0)
+    x = (6 * torch.randn(20, dtype=torch.float64)).requires_grad_()
+    matrix = torch.randn(1, 23, dtype=torch.float64, requires_grad=True)
+
+    def derivatives():
+        raw = torch.tanh(x.unsqueeze(-1) @ matrix)
+        y, log_slope = rational_quadratic(x, *raw.split([8, 8, 7], -1), bound=5.0, inverse=inverse)
+        first = torch.autograd.grad(y.sin().sum() + log_slope.square().sum(), [x, matrix], create_graph=True)
+        return [*first, *torch.autograd.grad(sum(g.square().sum() for g in first), [x, matrix])]
+
+    written = derivatives()
+    monkeypatch.setattr("pyroflows.numerics.splines.is_plainly_eager", lambda: False)
+    for found, expected in zip(written, derivatives(), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-9 * float(expected.detach().abs().max()))

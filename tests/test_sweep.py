@@ -166,3 +166,18 @@ def test_a_loaded_flow_sweeps(tmp_path):
     pf.save(pf.flow("maf", input_dim=3), tmp_path / "f.safetensors")
     same = pf.load(tmp_path / "f.safetensors")
     assert all(module.unrolls for module in same.modules() if isinstance(module, MADE))
+
+
+def test_second_derivatives_where_the_point_itself_depends_on_context_and_parameters():
+    t = layer("rational_spline", 3, context_dim=2, hidden_dims=(8,))
+    y, context = inputs(t)
+    leaves = [y, context, *t.parameters()]
+
+    def second(inverse):
+        x, first = inverse(y, context)
+        x, then = inverse(x.flip(-1), context)  # the same layer twice
+        grads = torch.autograd.grad(x.square().sum() + (first + then).square().sum(), leaves, create_graph=True)
+        return torch.autograd.grad(sum(g.square().sum() for g in grads), leaves)
+
+    for found, expected in zip(second(t.inverse_and_log_det), second(t._by_passes), strict=True):
+        assert torch.allclose(found, expected, rtol=1e-8, atol=1e-8 * (1 + expected.abs().max()))

@@ -15,7 +15,7 @@ from torch.nn.functional import hardtanh, linear
 from pyroflows.errors import OptionError
 from pyroflows.nets.mlp import check_widths, within_reach
 from pyroflows.nets.smooth import smooth_softplus
-from pyroflows.nets.velocity import REACH, Steering, Velocity, uniform
+from pyroflows.nets.velocity import GAIN, REACH, Steering, Velocity, uniform
 from pyroflows.numerics import sum_last
 
 __all__ = ["PotentialGradient"]
@@ -65,7 +65,7 @@ class PotentialGradient(Velocity):
         if not isinstance(rank, int) or rank < 1:
             raise OptionError(f"rank must be a positive integer, got {rank!r}.")
         width, fan_in = hidden_dims[0], input_dim + 1 + context_dim
-        self.first = nn.Parameter(uniform(torch.empty(width, input_dim), fan_in))
+        self.first = nn.Parameter(uniform(torch.empty(width, input_dim), fan_in, GAIN))
         self.steering = Steering((width, rank), context_dim, (fan_in, fan_in))
         self.weights = nn.ParameterList(uniform(torch.empty(width, width), width) for _ in hidden_dims[1:])
         self.biases = nn.ParameterList(uniform(torch.empty(width), width) for _ in hidden_dims[1:])
@@ -74,7 +74,7 @@ class PotentialGradient(Velocity):
         self.slant = nn.Parameter(torch.zeros(input_dim))
         with torch.no_grad():
             for parameter in self.steering.parameters():
-                parameter.split(self.steering.sizes)[1].mul_(0.1)
+                parameter.split(self.steering.sizes)[1].mul_(0.1 / GAIN)
 
     def forward(self, t: Tensor | float, x: Tensor, context: Tensor | None = None) -> Tensor:
         return self._run(t, x, context, divergence=False)[0]

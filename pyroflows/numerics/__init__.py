@@ -1,5 +1,6 @@
 """Pure functions of tensors: splines, roots, sums. No parameters, no densities, no state."""
 
+from pyroflows.numerics.derivatives import gradients_with_graph
 from pyroflows.numerics.logistic import deep_sigmoid, logistic_mean, mixture_parameters, mixture_weights
 from pyroflows.numerics.means import elu_mean, leaky_relu_mean, normal_mean
 from pyroflows.numerics.modes import is_plainly_eager
@@ -30,6 +31,7 @@ __all__ = [
     "elu_mean",
     "exact_divergence",
     "gauss_legendre",
+    "gradients_with_graph",
     "hutch_plus_plus",
     "hutchinson",
     "is_plainly_eager",

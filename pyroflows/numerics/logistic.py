@@ -10,13 +10,13 @@ there :math:`\sigma(-|c|) = e^{-|c|}` to the last digit, and the distance is a f
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.functional import logsigmoid, softplus, threshold
 
+from pyroflows.numerics.derivatives import gradients_with_graph
 from pyroflows.numerics.modes import is_plainly_eager
 
 __all__ = ["deep_sigmoid", "logistic_mean", "mixture_parameters", "mixture_weights"]
@@ -71,7 +71,6 @@ def _by_sums(c: Tensor, w: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, _
         w: weights, of the same shape.
         v: slopes, of the same shape.
     """
-    largest = torch.finfo(c.dtype).max
     largest, far = torch.finfo(c.dtype).max, FAR[c.dtype]
     size = c.clamp_(-largest, largest).abs()
     least = size.amin(-1, keepdim=True)
@@ -124,7 +123,7 @@ class _LogisticMean(torch.autograd.Function):
     def backward(ctx: Any, by_y: Tensor, by_log_slope: Tensor) -> tuple[Tensor | None, ...]:
         c, w, v, both, *sums = ctx.saved_tensors
         if torch.is_grad_enabled():
-            return _again(_by_logarithms, (c, w, v), ctx.needs_input_grad, (by_y, by_log_slope))
+            return tuple(gradients_with_graph(_by_logarithms, (c, w, v), ctx.needs_input_grad, (by_y, by_log_slope)))
         shape = both.shape[1:]
         terms = w.expand(shape), v.expand(shape)
         by_c, by_log_w, by_log_v = _derivatives(both, _Sums(*sums), *terms, by_y, by_log_slope)
@@ -151,7 +150,7 @@ class _DeepSigmoid(torch.autograd.Function):
                 a, b, w = mixture_parameters(raw, ctx.slope, offsets)
                 return _by_logarithms(torch.addcmul(b, a, x.unsqueeze(-1)), w, a)
 
-            return *_again(plainly, (x, raw), ctx.needs_input_grad, (by_y, by_log_slope)), None, None
+            return *gradients_with_graph(plainly, (x, raw), ctx.needs_input_grad, (by_y, by_log_slope)), None, None
         by_b, by_logits, by_a = _derivatives(both, _Sums(*sums), w, a, by_y, by_log_slope)
         by_raw = torch.empty_like(raw)
         to_slopes, to_shifts, to_logits = by_raw.chunk(3, -1)
@@ -164,20 +163,6 @@ class _DeepSigmoid(torch.autograd.Function):
         by_logits.div_(w).mul_(moving)
         torch.sub(by_logits, moving.mul_(by_logits.sum(-1, keepdim=True).div_(1 - LEAST_WEIGHT)), out=to_logits)
         return by_x, by_raw, None, None
-
-
-def _again(
-    f: Callable[..., tuple[Tensor, Tensor]],
-    inputs: Sequence[Tensor],
-    needed: Sequence[bool],
-    outer: tuple[Tensor, Tensor],
-) -> tuple[Tensor | None, ...]:
-    """First derivatives that can be differentiated, where they are needed."""
-    inputs = [value.view_as(value) for value in inputs]  # one may depend on another, which is not ours to follow
-    wanted = [i for i in range(len(inputs)) if needed[i]]
-    grads = torch.autograd.grad(f(*inputs), [inputs[i] for i in wanted], outer, create_graph=True)
-    by = dict(zip(wanted, grads, strict=True))
-    return tuple(by.get(i) for i in range(len(inputs)))
 
 
 def mixture_parameters(raw: Tensor, slope: float, offsets: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
+from pyroflows.numerics.derivatives import gradients_with_graph
 from pyroflows.numerics.modes import is_plainly_eager
 from pyroflows.numerics.scales import bounded_log_scale
 
@@ -150,17 +151,13 @@ class _RationalQuadratic(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, by_result: Tensor, by_log_slope: Tensor) -> tuple[Tensor | None, ...]:
         value, widths, heights, slopes, inside, xi, *rest = ctx.saved_tensors
-        inputs = [value, widths, heights, slopes]
         if torch.is_grad_enabled():  # the derivatives themselves are to be differentiated
-            wanted = [i for i, needed in enumerate(ctx.needs_input_grad[:4]) if needed]
-            found = torch.autograd.grad(
-                _rational_quadratic(value, widths, heights, slopes, ctx.bound, ctx.inverse),
-                [inputs[i] for i in wanted],
-                (by_result, by_log_slope),
-                create_graph=True,
-            )
-            grads = dict(zip(wanted, found, strict=True))
-            return *(grads.get(i) for i in range(4)), None, None
+
+            def plainly(value: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+                return _rational_quadratic(value, widths, heights, slopes, ctx.bound, ctx.inverse)
+
+            inputs, outer = (value, widths, heights, slopes), (by_result, by_log_slope)
+            return *gradients_with_graph(plainly, inputs, ctx.needs_input_grad, outer), None, None
         bin = _Bin(value, *rest)
         by_log_slope, in_box = torch.where(inside, by_log_slope, 0.0), torch.where(inside, by_result, 0.0)
         by_value, by_bin, by_slopes = _derivatives(bin, xi, in_box, by_log_slope, ctx.inverse)

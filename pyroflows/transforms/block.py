@@ -130,7 +130,7 @@ class BlockAutoregressive(FlowTransform):
             self.earlier.append(nn.Parameter(torch.zeros(input_dim * above, input_dim * below)))
             block = torch.arange(input_dim)
             mask = block.repeat_interleave(above)[:, None] > block.repeat_interleave(below)
-            self.register_buffer(f"mask{n}", mask)
+            self.register_buffer(f"mask{n}", mask.to(self.earlier[-1]), persistent=False)
         self.scales, biases = self._starting_point()
         gains = {f"gain{n}": torch.zeros(input_dim * width) for n, width in enumerate(self.widths[1:])}
         gate = {"gate": torch.zeros(1)} if residual == "gated" else {}
@@ -166,7 +166,7 @@ class BlockAutoregressive(FlowTransform):
             layers.append(
                 _Layer(
                     positive(own, FLOOR) / below,
-                    torch.where(self.get_buffer(f"mask{n}"), earlier, 0) / (below * self.input_dim) ** 0.5,
+                    earlier * self.get_buffer(f"mask{n}") / (below * self.input_dim) ** 0.5,
                     (self.scales[n] * positive(raw[f"gain{n}"], FLOOR)).unflatten(-1, (self.input_dim, -1)),
                     raw[f"bias{n}"].unflatten(-1, (self.input_dim, -1)),
                 )

@@ -305,7 +305,7 @@ def permute(
 
 
 def batchnorm(input_dim: int, **options: Any) -> BatchNorm:
-    """`BatchNorm`, by Pyro's name.
+    """Normalisation by the batch's or running mean and variance: `BatchNorm`, by Pyro's name.
 
     Example:
         >>> batchnorm(2).forward_and_log_det(torch.ones(5, 2))[1].shape
@@ -315,7 +315,7 @@ def batchnorm(input_dim: int, **options: Any) -> BatchNorm:
 
 
 def householder(input_dim: int, count_transforms: int | None = None, **options: Any) -> Householder:
-    """`Householder`, by Pyro's name, of ``input_dim // 2 + 1`` reflections by default.
+    """A product of ``input_dim // 2 + 1`` reflections by default: `Householder`, by Pyro's name.
 
     Example:
         >>> householder(5).count_transforms
@@ -328,7 +328,7 @@ def householder(input_dim: int, count_transforms: int | None = None, **options: 
 def matrix_exponential(
     input_dim: int, iterations: int = 8, normalization: str = "none", bound: float | None = None, **options: Any
 ) -> MatrixExponential:
-    """`MatrixExponential`, by Pyro's name; its exponential is exact, whatever the number of iterations.
+    """The exponential of a matrix, exact whatever the number of iterations: `MatrixExponential`, by Pyro's name.
 
     Example:
         >>> matrix_exponential(2)(torch.ones(2)).shape
@@ -338,7 +338,7 @@ def matrix_exponential(
 
 
 def planar(input_dim: int, **options: Any) -> Planar:
-    """`Planar`, by Pyro's name; it samples and scores.
+    """A ridge added along one direction, both ways: `Planar`, by Pyro's name.
 
     Example:
         >>> planar(2).inv(torch.ones(2)).shape
@@ -348,7 +348,7 @@ def planar(input_dim: int, **options: Any) -> Planar:
 
 
 def radial(input_dim: int, **options: Any) -> Radial:
-    """`Radial`, by Pyro's name; it samples and scores.
+    """A contraction or expansion about one point, both ways: `Radial`, by Pyro's name.
 
     Example:
         >>> radial(2).inv(torch.ones(2)).shape
@@ -359,7 +359,7 @@ def radial(input_dim: int, **options: Any) -> Radial:
 
 @with_variants({"factor": "orthogonal", "width": 1}, {"factor": "triangular", "nonlinearity": "arctan"})
 def sylvester(input_dim: int, count_transforms: int | None = None, **options: Any) -> Sylvester:
-    """`Sylvester`, by Pyro's name; it samples and scores.
+    """A one-layer residual network of few units, both ways: `Sylvester`, by Pyro's name.
 
     Args:
         input_dim: the number of coordinates.
@@ -375,7 +375,7 @@ def sylvester(input_dim: int, count_transforms: int | None = None, **options: An
 
 
 def block_autoregressive(input_dim: int, **options: Any) -> BlockAutoregressive:
-    """`BlockAutoregressive`, by Pyro's name; it samples and scores.
+    """A monotone network for each coordinate, both ways: `BlockAutoregressive`, by Pyro's name.
 
     Example:
         >>> block_autoregressive(2, activation="ELU").inv(torch.ones(2)).shape

@@ -67,7 +67,7 @@ def univariate_map(map: str | UnivariateMap, **options: Any) -> UnivariateMap:
 
 
 @with_variants(
-    {"map": "deep_sigmoid", "depth": 2},
+    {"map": "dense_sigmoid", "hidden_units": 4},
     {"map": "gaussianization"},
     {"map": "sinh_arcsinh"},
     {"map": "tail"},

@@ -11,7 +11,7 @@ from torch.distributions import constraints
 
 from pyroflows.errors import OptionError
 from pyroflows.nets import MADE, MLP, Activation
-from pyroflows.numerics import is_plainly_eager, sum_last
+from pyroflows.numerics import gradients_with_graph, is_plainly_eager, sum_last
 from pyroflows.transforms.base import FlowTransform
 from pyroflows.transforms.maps import UnivariateMap
 
@@ -339,6 +339,17 @@ class Autoregressive(_Mapped):
         return x, sum_last(torch.cat(log_slopes, -1))
 
 
+class _Passes(nn.Module):
+    """An inverse by passes, whose parameters can be replaced."""
+
+    def __init__(self, layer: Autoregressive) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, y: Tensor, context: Tensor | None) -> Tensor:
+        return self.layer._by_passes(y, context)[0]
+
+
 class _Implicit(torch.autograd.Function):
     r"""The root :math:`x` of :math:`y = f(x; \theta)`, with the gradients of the implicit function theorem.
 
@@ -359,22 +370,23 @@ class _Implicit(torch.autograd.Function):
         x, y, context, *tensors = ctx.saved_tensors
         needed = ctx.needs_input_grad[2:]
         if torch.is_grad_enabled():  # the gradient itself is to be differentiated
-            found, _ = ctx.layer._by_passes(y, context)
-            return None, None, *_gradients(found, [y, context, *tensors], needed, gradient, again=True)
+            passes = _Passes(ctx.layer)
+            name_of = {id(parameter): name for name, parameter in passes.named_parameters()}
+            names = [name_of[id(tensor)] for tensor in ctx.layer.net.tensors()]
+
+            def by_passes(y: Tensor, context: Tensor | None, *tensors: Tensor) -> Tensor:
+                return torch.func.functional_call(passes, dict(zip(names, tensors, strict=True)), (y, context))
+
+            return None, None, *gradients_with_graph(by_passes, (y, context, *tensors), needed, gradient)
         solved = ctx.layer._solve_back(x, context, gradient)
-        by_tensors: list[Tensor | None] = [None] * (len(needed) - 1)
-        if any(needed[1:]):
+        by_rest: list[Tensor | None] = [None] * (len(needed) - 1)
+        wanted = [i for i, need in enumerate(needed[1:]) if need]
+        if wanted:
+            context = None if context is None else context.detach().requires_grad_()
             with torch.enable_grad():
                 image, _ = ctx.layer._pass(x, context)
-            by_tensors = _gradients(image, [context, *tensors], needed[1:], -solved, again=False)
-        return None, None, solved.sum_to_size(y.shape), *by_tensors
-
-
-def _gradients(
-    output: Tensor, inputs: Sequence[Tensor | None], needed: Sequence[bool], gradient: Tensor, again: bool
-) -> list[Tensor | None]:
-    """``autograd.grad`` for those inputs that need one."""
-    wanted = [i for i, need in enumerate(needed) if need]
-    found = torch.autograd.grad(output, [inputs[i] for i in wanted], gradient, create_graph=again, allow_unused=True)  # type: ignore[arg-type]
-    by = dict(zip(wanted, found, strict=True))
-    return [by.get(i) for i in range(len(inputs))]
+            leaves: list[Any] = [(context, *tensors)[i] for i in wanted]
+            found = torch.autograd.grad(image, leaves, -solved, allow_unused=True)
+            for i, gradient in zip(wanted, found, strict=True):
+                by_rest[i] = gradient
+        return None, None, solved.sum_to_size(y.shape), *by_rest

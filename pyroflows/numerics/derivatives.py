@@ -1,0 +1,44 @@
+"""First derivatives that can themselves be differentiated, for functions whose own are written out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["gradients_with_graph"]
+
+
+def gradients_with_graph(
+    function: Callable[..., Tensor | tuple[Tensor, ...]],
+    inputs: Sequence[Tensor | None],
+    needed: Sequence[bool],
+    outer: Tensor | tuple[Tensor, ...],
+) -> list[Tensor | None]:
+    """What ``backward`` of a function returns where its result is to be differentiated again.
+
+    One input may have been computed from another, such as parameters that a network gives for a point. That path is
+    not the function's, so each input gets a name of its own here, and no gradient goes past it.
+
+    Args:
+        function: the function as plain operations.
+        inputs: its arguments; ``None`` is passed on.
+        needed: which of them get a gradient.
+        outer: the gradients with respect to its results.
+
+    Returns:
+        A gradient for each argument that needs one.
+
+    Example:
+        >>> x = torch.tensor(3.0, requires_grad=True)
+        >>> by_first, by_second = gradients_with_graph(torch.mul, (x, 2 * x), (True, True), torch.tensor(1.0))
+        >>> by_first.item(), by_second.item()
+        (6.0, 3.0)
+    """
+    inputs = [None if value is None else value.view_as(value) for value in inputs]
+    wanted = [i for i, need in enumerate(needed) if need]
+    leaves: list[Tensor] = [inputs[i] for i in wanted]  # type: ignore[misc]
+    found = torch.autograd.grad(function(*inputs), leaves, outer, create_graph=True, allow_unused=True)
+    by = dict(zip(wanted, found, strict=True))
+    return [by.get(i) for i in range(len(inputs))]
