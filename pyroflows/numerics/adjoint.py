@@ -81,6 +81,13 @@ def _entangled(tensors: Sequence[Tensor]) -> bool:
     return False
 
 
+def _reach(values: Sequence[Tensor], tensors: Sequence[Tensor]) -> bool:
+    """Whether any of the values was computed from any of the tensors."""
+    nodes: set[Any] = set()
+    leaves = {id(leaf) for value in values for leaf in ([value] if value.is_leaf else _leaves(value, (), nodes))}
+    return any(id(tensor) in leaves if tensor.is_leaf else tensor.grad_fn in nodes for tensor in tensors)
+
+
 class _Totals:
     """Sums of gradients, one for each tensor, of which some are needed."""
 
@@ -136,8 +143,15 @@ class _Solve(torch.autograd.Function):
         velocity = problem.counted("backward")
         with problem.autocast():
             if torch.is_grad_enabled():
-                again = problem.run(velocity, state, t0, t1, tensors[:count])
-                inputs = [x for x, need in zip((state, t0, t1, *tensors), needed, strict=True) if need]
+                given, shared_ones = (state, t0, t1, *tensors[:count]), tensors[count:]
+                if _reach(given, shared_ones):
+                    raise OptionError(
+                        f"gradient={ctx.gradient!r} has no second derivatives where the state itself was computed from "
+                        "tensors that the field depends on; expected gradient='direct'."
+                    )
+                given = tuple(x.view_as(x) for x in given)  # one may have been computed from another
+                again = problem.run(velocity, *given[:3], given[3:])
+                inputs = [x for x, need in zip((*given, *shared_ones), needed, strict=True) if need]
                 found = iter(torch.autograd.grad(again, inputs, grad, create_graph=True, allow_unused=True))
                 return (None, None, None, *(next(found) if need else None for need in needed))
             rows = _Totals(tensors[:count], needed[3 : 3 + count])

@@ -23,6 +23,7 @@ from pyroflows.transforms.conditional import (
     conditional_spline_coupling,
     conditional_sylvester,
 )
+from pyroflows.transforms.continuous import ContinuousTransform, Flowed, continuous
 from pyroflows.transforms.dropin import (
     AffineAutoregressive,
     ClippedAffine,
@@ -198,6 +199,7 @@ __all__ = [
     "ConditionalTransformModule",
     "Conditioned",
     "ConstantConditionalTransform",
+    "ContinuousTransform",
     "CorrCholeskyTransform",
     "CorrLCholeskyTransform",
     "CorrMatrixCholeskyTransform",
@@ -213,6 +215,7 @@ __all__ = [
     "Factor",
     "FactorOut",
     "FlowTransform",
+    "Flowed",
     "Gaussianization",
     "GeneralizedChannelPermute",
     "Haar",
@@ -301,6 +304,7 @@ __all__ = [
     "conditional_spline_autoregressive",
     "conditional_spline_coupling",
     "conditional_sylvester",
+    "continuous",
     "coupling",
     "coupling_mask",
     "elementwise",

@@ -1,0 +1,289 @@
+r"""Continuous-time transforms: a point follows a velocity field, and its log-density the field's divergence.
+
+Chen, Rubanova, Bettencourt, Duvenaud (2018), *Neural ordinary differential equations*, arXiv:1806.07366; Grathwohl,
+Chen, Bettencourt, Sutskever, Duvenaud (2019), *FFJORD*, arXiv:1810.01367.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from pyroflows.errors import OptionError
+from pyroflows.nets import Velocity, VelocityMLP, as_velocity
+from pyroflows.numerics import Trace, draw_probes, hutchinson, positive, solve
+from pyroflows.transforms.base import FlowTransform
+
+__all__ = ["ContinuousTransform", "Flowed", "continuous"]
+
+AFFORDABLE = 256
+"""Up to this many dimensions an estimated divergence is replaced by the exact one in ``eval()``."""
+
+
+class Flowed(NamedTuple):
+    """Where points came to, and what it took.
+
+    Attributes:
+        value: ``[*batch, D]``.
+        log_det: ``log|det|`` of the way there, ``[*batch]``.
+        standard_error: of an estimated log-det, over its probes ``[*batch]``; zero if it is exact, infinite after a
+            single probe.
+        nfe: how many times the velocity was evaluated.
+    """
+
+    value: Tensor
+    log_det: Tensor
+    standard_error: Tensor
+    nfe: int
+
+
+class ContinuousTransform(FlowTransform):
+    r"""A point follows a velocity field for a time: :math:`y = z(T)`, :math:`\dot z = v(t, z, c)`, :math:`z(0) = x`.
+
+    .. math::
+        \log \left|\det \frac{\partial y}{\partial x}\right| = \int_0^T \operatorname{tr} \frac{\partial v}{\partial z}
+        (t, z(t), c)\, dt
+
+    One solve carries both. The inverse is the same solve backwards in time. Each row takes the steps that it needs by
+    itself, so its result does not depend on the rows beside it; ``rtol`` and ``atol`` bound the estimated error of each
+    of its steps, in every coordinate and in the log-det. An error at the end can be a few times larger.
+
+    Args:
+        velocity: a `Velocity`, or a module ``net(t, x)`` or ``net(t, x, context)``; see `as_velocity`.
+        input_dim: the number of coordinates.
+        context_dim: the width of the context.
+        end_time: :math:`T`; 0 is the identity.
+        learn_end_time: whether :math:`T` is trained too, starting there.
+        divergence: ``"exact"``; or in training mode an unbiased estimate of one draw of probes a solve:
+            ``"hutchinson"``, or ``"hutch++"``, which is exact on the directions that the Jacobian favours at the start.
+            In ``eval()`` it is exact up to 256 dimensions, and beyond that uses the same probes every time.
+        probes: how many the estimate is the mean of; at least 3 for ``"hutch++"``.
+        noise: the probes' distribution.
+        solver: one of `pyroflows.numerics.ode_solvers()`.
+        steps: how many steps a solver without step control takes.
+        rtol: relative tolerance; default 1e-5, in float64 1e-9.
+        atol: absolute tolerance; default as ``rtol``.
+        eval_rtol: in ``eval()``; default as ``rtol``.
+        eval_atol: in ``eval()``; default as ``atol``.
+        max_nfe: how many evaluations of the velocity a solve may take.
+        gradient: ``"adjoint"`` keeps nothing of the way and solves backwards, ``"checkpoint"`` keeps the accepted
+            steps, ``"direct"`` keeps all; see `pyroflows.numerics.solve`.
+        solver_options: passed on to a solver of torchdiffeq.
+
+    Raises:
+        OptionError: an option has a value that it cannot take, or the velocity has other widths.
+
+    Example:
+        >>> layer = ContinuousTransform(VelocityMLP(2, hidden_dims=(8, 8)), 2)
+        >>> y, log_det = layer.forward_and_log_det(torch.ones(5, 2))
+        >>> torch.allclose(layer.inv(y), torch.ones(5, 2), atol=1e-4)
+        True
+    """
+
+    inverse = "numeric"
+    vmaps = False
+    compiles = False
+    sequential = (True, True)
+    sign = 1
+
+    def __init__(
+        self,
+        velocity: nn.Module,
+        input_dim: int,
+        *,
+        context_dim: int = 0,
+        end_time: float = 1.0,
+        learn_end_time: bool = False,
+        divergence: Literal["exact", "hutchinson", "hutch++"] = "exact",
+        probes: int = 1,
+        noise: Literal["rademacher", "gaussian"] = "rademacher",
+        solver: str = "dopri5",
+        steps: int | None = None,
+        rtol: float | None = None,
+        atol: float | None = None,
+        eval_rtol: float | None = None,
+        eval_atol: float | None = None,
+        max_nfe: int = 5000,
+        gradient: Literal["adjoint", "checkpoint", "direct"] = "adjoint",
+        solver_options: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(context_dim)
+        if divergence not in ("exact", "hutchinson", "hutch++"):
+            raise OptionError(f'divergence must be "exact", "hutchinson" or "hutch++", got {divergence!r}.')
+        least = 3 if divergence == "hutch++" else 1
+        if not isinstance(probes, int) or probes < least:
+            raise OptionError(f"probes must be an integer of at least {least}, got {probes!r}.")
+        if not 0 <= end_time < float("inf") or (learn_end_time and end_time == 0):
+            raise OptionError(
+                f"end_time must be finite and not negative, and positive to be learned, got {end_time!r}."
+            )
+        self.input_dim = input_dim
+        self.velocity: Velocity = as_velocity(velocity, input_dim, context_dim)
+        self.divergence, self.probes, self.noise = divergence, probes, noise
+        self.log_det = "exact" if divergence == "exact" else "estimate"
+        self.end = float(end_time)
+        self.raw_time = nn.Parameter(torch.zeros(())) if learn_end_time else None
+        self.tolerances = {True: (rtol, atol), False: (_either(eval_rtol, rtol), _either(eval_atol, atol))}
+        self.settings: dict[str, Any] = {
+            "solver": solver,
+            "steps": steps,
+            "max_nfe": max_nfe,
+            "gradient": gradient,
+            "options": solver_options,
+        }
+        # A solve of no rows checks the options and costs nothing.
+        solve(lambda t, z: z, torch.zeros(0, 1), 0.0, 1.0, rtol=rtol, atol=atol, **self.settings)
+
+    def extra_repr(self) -> str:
+        """The sizes and settings."""
+        named = ", ".join(f"{name}={value!r}" for name, value in self.settings.items() if value is not None)
+        return f"input_dim={self.input_dim}, context_dim={self.context_dim}, divergence={self.divergence!r}, {named}"
+
+    @property
+    def end_time(self) -> Tensor | float:
+        """The time :math:`T` for which points flow."""
+        return self.end if self.raw_time is None else self.end * positive(self.raw_time)
+
+    def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The solve from 0 to :math:`T`.
+
+        Raises:
+            ODESolveError: the velocity is not finite, or the tolerances are not to be had within ``max_nfe``.
+        """
+        return self.flow(x, context)[:2]
+
+    def inverse_and_log_det(self, y: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The solve from :math:`T` to 0.
+
+        Raises:
+            ODESolveError: the velocity is not finite, or the tolerances are not to be had within ``max_nfe``.
+        """
+        return self.flow(y, context, backwards=True)[:2]
+
+    def flow(self, value: Tensor, context: Tensor | None = None, *, backwards: bool = False) -> Flowed:
+        """Either direction, with what it took.
+
+        Args:
+            value: ``[*batch, D]``, at time 0, or ``backwards`` at :math:`T`.
+            context: ``[*batch, context_dim]``.
+            backwards: from :math:`T` to 0.
+
+        Example:
+            >>> layer = continuous(2, hidden_dims=(8, 8), divergence="hutchinson", probes=4)
+            >>> layer.flow(torch.zeros(5, 2)).standard_error.shape
+            torch.Size([5])
+        """
+        self.check_width(value, self.input_dim)
+        self.check_context(context)
+        context = context if self.context_dim else None
+        batch = value.shape[:-1]
+        if context is not None:
+            batch = torch.broadcast_shapes(batch, context.shape[:-1])
+        rows = value.expand(*batch, self.input_dim).reshape(-1, self.input_dim)
+        carried = []
+        if context is not None:
+            context = context.expand(*batch, self.context_dim).reshape(-1, self.context_dim)
+            carried.append(context)
+        ends = (self.end_time, 0.0) if backwards else (0.0, self.end_time)
+        probes = self._draw(rows, ends[0], context)
+        if probes is not None:
+            carried.append(probes.movedim(0, 1))
+
+        def field(t: Tensor, state: Tensor, *carried: Tensor) -> Tensor:
+            x = state[:, : self.input_dim].to(value.dtype)
+            given = iter(carried)
+            at = next(given) if context is not None else None
+            noise = next(given, None)
+            trace = self._trace(t.to(value.dtype), x, at, None if noise is None else noise.movedim(1, 0))
+            samples = trace.divergence.unsqueeze(0)
+            if trace.samples is not None:
+                known, guessed = trace.samples.tensor_split([self._directions])
+                samples = known.sum(0) + guessed
+            return torch.cat([trace.value, samples.mT], -1).to(state.dtype)
+
+        log_dets = 1 if probes is None else self.probes - self._directions
+        dtype = _at_least_float32(value)
+        state = torch.cat([rows.to(dtype), rows.new_zeros(len(rows), log_dets, dtype=dtype)], -1)
+        rtol, atol = self.tolerances[self.training]
+        found = solve(field, state, *ends, rtol=rtol, atol=atol, carried=carried, **self.settings)
+        state = found.state.reshape(*batch, self.input_dim + log_dets)
+        samples = state[..., self.input_dim :]
+        log_det, error = samples.mean(-1), torch.zeros(batch, dtype=dtype, device=value.device)
+        if probes is not None:
+            error = samples.detach().std(-1) / log_dets**0.5 if log_dets > 1 else error + float("inf")
+        return Flowed(state[..., : self.input_dim].to(value.dtype), log_det, error, found.nfe)
+
+    def _draw(self, rows: Tensor, t: Tensor | float, context: Tensor | None) -> Tensor | None:
+        """The probes of a solve ``[n, rows, D]``; none where the divergence is exact.
+
+        For Hutch++ the first half becomes an orthonormal basis of what the Jacobian makes of them where the solve
+        starts, and the others what is left of them beside it. Any basis gives an unbiased estimate (Meyer et al. 2021,
+        arXiv:2010.09649), and one that stays for the whole solve gives a smooth one.
+        """
+        if self.divergence == "exact" or (not self.training and self.input_dim <= AFFORDABLE):
+            return None
+        if self.training:
+            probes = draw_probes(rows, self.probes, self.noise)
+        else:
+            generator = torch.Generator(rows.device).manual_seed(0)
+            probes = draw_probes(rows[:1], self.probes, self.noise, generator).expand(-1, len(rows), -1)
+        if not self._directions:
+            return probes
+        sketch = self._trace(t, rows, context, probes[: self._directions]).products
+        basis = torch.linalg.qr(sketch.detach().movedim(0, -1).to(_at_least_float32(rows)))[0].to(rows)  # type: ignore[union-attr]
+        rest = probes[self._directions :]
+        rest = rest - (basis @ (basis.mT @ rest.unsqueeze(-1))).squeeze(-1)
+        return torch.cat([basis.movedim(-1, 0), rest])
+
+    @property
+    def _directions(self) -> int:
+        """How many of the probes Hutch++ spends on directions."""
+        return min(self.probes // 2, self.input_dim) if self.divergence == "hutch++" else 0
+
+    def _trace(self, t: Tensor | float, x: Tensor, context: Tensor | None, probes: Tensor | None) -> Trace:
+        if probes is None:
+            return Trace(*self.velocity.with_divergence(t, x, context))
+        return hutchinson(lambda x: self.velocity(t, x, context), x, probes)
+
+
+def _at_least_float32(value: Tensor) -> torch.dtype:
+    return torch.promote_types(value.dtype, torch.float32)
+
+
+def _either(value: float | None, default: float | None) -> float | None:
+    return default if value is None else value
+
+
+def continuous(
+    input_dim: int,
+    *,
+    context_dim: int = 0,
+    velocity: nn.Module | None = None,
+    **options: Any,
+) -> ContinuousTransform:
+    """A flow along a velocity field: a `VelocityMLP`, or a module of your own.
+
+    Args:
+        input_dim: the number of coordinates.
+        context_dim: the width of the context.
+        velocity: a module ``net(t, x, context)``; default a `VelocityMLP`.
+        **options: of `VelocityMLP` and of `ContinuousTransform`.
+
+    Raises:
+        OptionError: an option is unknown or has a value that it cannot take.
+
+    Example:
+        >>> continuous(2, hidden_dims=(8, 8)).inv(torch.ones(2)).shape
+        torch.Size([2])
+    """
+    network = {
+        name: options.pop(name) for name in ("hidden_dims", "activation", "conditioning", "residual") if name in options
+    }
+    if velocity is None:
+        velocity = VelocityMLP(input_dim, context_dim=context_dim, **network)
+    elif network:
+        raise OptionError(f"{', '.join(network)} describe the default velocity; leave them out, or leave out velocity.")
+    return ContinuousTransform(velocity, input_dim, context_dim=context_dim, **options)
