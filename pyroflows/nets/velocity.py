@@ -131,7 +131,10 @@ class Steering(nn.Module):
 
     def forward(self, t: Tensor | float, context: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, ...]:
         bias, time_weight = self.bias.to(dtype), self.time_weight.to(dtype)
-        out = torch.addcmul(bias, time_weight, t.to(dtype)) if isinstance(t, Tensor) else bias + t * time_weight
+        if isinstance(t, Tensor) and t.dim():
+            out = torch.addcmul(bias, time_weight, t.to(dtype))
+        else:  # a number, which may be on another device
+            out = bias + t * time_weight
         if context is not None and self.context_weight is not None:
             weight, context = self.context_weight.to(dtype), within_reach(context.to(dtype))
             # Where all rows have one time, adding its part costs nothing.
