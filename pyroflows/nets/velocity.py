@@ -26,8 +26,8 @@ __all__ = ["UserVelocity", "Velocity", "VelocityMLP", "as_velocity"]
 REACH = 1e20
 """A coordinate beyond counts as this: every unit is saturated there, so that the Jacobian is that of the field."""
 GAIN = 3.0
-"""How much larger than torch's usual the weights of hidden layers start: a unit's argument then varies by about one
-and a half through every layer. Without, a velocity is too smooth at first and learns fine structure late."""
+"""How much larger than torch's usual the weights of hidden layers start, so that the arguments of units of tanh spread
+by about one in every layer. Without, a velocity is too smooth at first and learns fine structure late."""
 
 
 class Velocity(nn.Module, ABC):
