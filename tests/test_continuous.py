@@ -276,3 +276,58 @@ def test_second_derivatives_of_two_layers_that_share_a_context(gradient):
         layer.settings["gradient"] = "direct"
     for got, want in zip(found, second(*layers), strict=True):
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("gradient", ["adjoint", "checkpoint"])
+@pytest.mark.parametrize("kind", [nn.Parameter, lambda t: (2 * t).requires_grad_()])
+def test_gradients_are_those_of_the_tensors_of_the_forward_pass(gradient, kind):
+    torch.manual_seed(0)
+    layer = shaken(continuous(2, hidden_dims=(8, 8)).double())
+    other = {name: kind(t.detach() + 0.5 * torch.randn_like(t)) for name, t in layer.named_parameters()}
+    x = torch.randn(5, 2, dtype=torch.float64, requires_grad=True)
+    found = []
+    for way in (gradient, "direct"):
+        layer.settings["gradient"] = way
+        y = torch.func.functional_call(layer, other, (x,))
+        found.append(torch.autograd.grad(y.sin().sum(), [x, *other.values()], allow_unused=True))
+    for got, want in zip(*found, strict=True):
+        assert (got is None) == (want is None)
+        if want is not None:
+            torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-7)
+
+
+def test_a_parameter_that_only_later_times_reach_gets_its_gradient():
+    class Switch(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.early, self.late = nn.Parameter(torch.tensor(0.5)), nn.Parameter(torch.tensor(0.3))
+
+        def forward(self, t, x):
+            return x * torch.where(t < 0.5, self.early, self.late) if bool((t >= 0.5).any()) else x * self.early
+
+    layer = ContinuousTransform(Switch(), 1).double()
+    layer(torch.ones(3, 1, dtype=torch.float64)).sum().backward()
+    assert float(layer.velocity.net.late.grad) == pytest.approx(1.5 * float(torch.tensor(0.4).exp()), rel=1e-4)
+
+
+def test_integers_are_points_too():
+    layer = shaken(continuous(2, hidden_dims=(8, 8)))
+    y, _ = layer.forward_and_log_det(torch.ones(3, 2, dtype=torch.long))
+    torch.testing.assert_close(y, layer.forward_and_log_det(torch.ones(3, 2))[0])
+
+
+def test_weights_that_pyro_samples_are_differentiated_as_they_were():
+    torch.manual_seed(0)
+    linear = pyro.nn.PyroModule[nn.Linear](2, 2)
+    linear.weight = pyro.nn.PyroSample(dist.Normal(0.0, 1.0).expand([2, 2]).to_event(2))
+
+    class Sampled(pyro.nn.PyroModule):
+        def __init__(self):
+            super().__init__()
+            self.linear = linear
+
+        def forward(self, t, x):
+            return self.linear(x)
+
+    layer = ContinuousTransform(Sampled(), 2, solver="rk4")
+    assert not layer._as_it_is_now()[2]

@@ -155,3 +155,13 @@ def test_large_masked_products_go_by_blocks_and_stay_the_same(order, frozen):
         found.append([out, *first, *second, *plain])
     for a, b in zip(*found, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+def test_large_masked_products_take_batches_of_gradients_and_the_meta_device():
+    net = MADE(64, 2, hidden_dims=(256, 256))
+    x = torch.randn(300, 64, requires_grad=True)
+    out = net(x).sum(-1)
+    rows = torch.stack([torch.ones(300, 64), torch.randn(300, 64)])
+    (got,) = torch.autograd.grad(out, x, rows, is_grads_batched=True, retain_graph=True)
+    torch.testing.assert_close(got[1], torch.autograd.grad(out, x, rows[1])[0])
+    assert net.to("meta")(x.to("meta")).shape == (300, 64, 2)

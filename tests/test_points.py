@@ -121,3 +121,12 @@ def test_starting_values_need_points(flow_and_shape):
     flow.initialize(at(flow).sample((5,)), context)
     with pytest.raises(ShapeError):
         flow.initialize(torch.zeros(5, *shape[:-1], shape[-1] + 1), context)
+
+
+def test_a_flow_of_double_parts_is_double():
+    for context_dim in (0, 3):
+        part = pf.transforms.coupling(2, "affine", context_dim=context_dim).double()
+        flow = pf.distributions.Flow(part, pf.distributions.standard_normal(2).double())
+        q = flow(torch.zeros(5, 3, dtype=torch.float64)) if context_dim else flow()
+        assert q.sample((3,)).dtype == torch.float64
+        assert q.log_prob(torch.zeros(5, 2, dtype=torch.float64)).dtype == torch.float64

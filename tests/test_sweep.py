@@ -181,3 +181,46 @@ def test_second_derivatives_where_the_point_itself_depends_on_context_and_parame
 
     for found, expected in zip(second(t.inverse_and_log_det), second(t._by_passes), strict=True):
         assert torch.allclose(found, expected, rtol=1e-8, atol=1e-8 * (1 + expected.abs().max()))
+
+
+def test_gradients_of_an_inverse_are_those_of_the_tensors_of_the_forward_pass():
+    class Backwards(torch.nn.Module):
+        def __init__(self, layer):
+            super().__init__()
+            self.layer = layer
+
+        def forward(self, y):
+            return self.layer.inverse_and_log_det(y)[0]
+
+    t = layer("affine", 3, hidden_dims=(8,))
+    other = {name: torch.nn.Parameter(p.detach() + 0.3) for name, p in Backwards(t).named_parameters()}
+    y = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    got = torch.func.functional_call(Backwards(t), other, (y,))
+    got = torch.autograd.grad(got.sum(), [y, *other.values()])
+    with torch.no_grad():
+        for name, p in Backwards(t).named_parameters():
+            p.copy_(other[name])
+    want = torch.autograd.grad(t._by_passes(y, None)[0].sum(), [y, *t.parameters()])
+    for a, b in zip(got, want, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_a_tied_tensor_has_one_gradient():
+    t = layer("affine", 3, hidden_dims=(8, 8))
+    t.net.layers[1].bias = t.net.layers[0].bias
+    y = torch.randn(4, 3, dtype=torch.float64)
+    (got,) = torch.autograd.grad(t.inverse_and_log_det(y)[0].sum(), t.net.layers[0].bias)
+    (want,) = torch.autograd.grad(t._by_passes(y, None)[0].sum(), t.net.layers[0].bias)
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("map", ["affine", "rational_spline", "deep_sigmoid"])
+def test_gradients_may_come_as_a_batch(map):
+    t = layer(map, 3, hidden_dims=(8,))
+    x = torch.randn(4, 3, dtype=torch.float64, requires_grad=True)
+    for direction in (t.forward_and_log_det, t.inverse_and_log_det):
+        rows = torch.eye(3, dtype=torch.float64).unsqueeze(1).expand(3, 4, 3)
+        y, _ = direction(x)
+        (got,) = torch.autograd.grad(y, x, rows, is_grads_batched=True, retain_graph=True)
+        want = torch.stack([torch.autograd.grad(y, x, row, retain_graph=True)[0] for row in rows])
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-8)

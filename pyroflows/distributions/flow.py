@@ -13,7 +13,7 @@ from torch.distributions import constraints
 
 from pyroflows.distributions.base import Base
 from pyroflows.distributions.support import Support, as_constraint, describe, is_real, onto, restore
-from pyroflows.errors import ContextError, DtypeError, OptionError, ShapeError
+from pyroflows.errors import ContextError, DtypeError, OptionError, PyroflowsError, ShapeError
 from pyroflows.numerics import sum_last
 from pyroflows.transforms import Compose, FlowTransform
 
@@ -63,6 +63,8 @@ class FlowDistribution(dist.TransformedDistribution):
         transform = self._transform
         try:
             x, log_det = transform.invert(value)
+        except (PyroflowsError, torch.OutOfMemoryError):
+            raise
         except RuntimeError as error:
             tensors = itertools.chain(transform.parameters(), transform.buffers())
             dtype = next((t.dtype for t in tensors if t.is_floating_point()), value.dtype)
@@ -220,6 +222,12 @@ class Flow(nn.Module):
             self.register_buffer("context_loc", torch.zeros(self.context_dim))
             self.register_buffer("context_scale", torch.ones(self.context_dim))
         self.constrain(support)
+        parts = itertools.chain(base.parameters(), base.buffers(), transform.parameters(), transform.buffers())
+        like = next((t for t in parts if t.is_floating_point()), None)
+        if like is not None:  # what is added here lives where the parts live
+            self.standardize.to(like)
+            if self.context_dim:
+                self.context_loc, self.context_scale = self.context_loc.to(like), self.context_scale.to(like)
 
     @property
     def input_dim(self) -> int:

@@ -206,7 +206,8 @@ class MADE(MLP):
     def tensors(self) -> list[Tensor]:
         """All that the outputs depend on beside the input and the context."""
         parts = [(layer.weight, layer.context_weight, layer.bias) for layer in self.layers]
-        return [t for part in parts for t in part if isinstance(t, Tensor)] + list(self.activation.parameters())
+        tensors = [t for part in parts for t in part if isinstance(t, Tensor)] + list(self.activation.parameters())
+        return list({id(t): t for t in tensors}.values())  # a tensor may be tied to another one
 
     def _columns(self) -> tuple[list[Tensor], Tensor, Tensor]:
         """The masked weights, inputs and outputs in turn: those of each layer but the last, then the last's

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from pyroflows.numerics import is_plainly_eager
+from pyroflows.numerics import is_differentiated, is_plainly_eager
 
 __all__ = ["Block", "blocks_of", "masked_linear"]
 
@@ -60,7 +60,7 @@ def masked_linear(x: Tensor, weight: Tensor, mask: Tensor, bias: Tensor, blocks:
         >>> masked_linear(torch.ones(5, 2), torch.ones(2, 2), torch.ones(2, 2).tril(), torch.zeros(2), [])[0]
         tensor([1., 2.])
     """
-    large = blocks and x.shape[:-1].numel() * weight.numel() >= WORTH
+    large = blocks and not x.is_meta and x.shape[:-1].numel() * weight.numel() >= WORTH
     if large and x.dtype == weight.dtype and is_plainly_eager() and not torch.is_autocast_enabled(x.device.type):
         return _ByBlocks.apply(x.reshape(-1, x.shape[-1]), weight, mask, bias, blocks).reshape(*x.shape[:-1], -1)
     return linear(x, weight * mask, bias)
@@ -84,7 +84,7 @@ class _ByBlocks(torch.autograd.Function):
         x, weight, mask = ctx.saved_tensors
         by_x = by_weight = None
         masked = weight * mask
-        if torch.is_grad_enabled():
+        if is_differentiated(gradient):
             return gradient @ masked, (gradient.mT @ x) * mask, None, gradient.sum(0), None
         if ctx.needs_input_grad[0]:
             by_x = torch.zeros_like(x)

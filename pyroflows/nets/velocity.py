@@ -8,7 +8,6 @@ as an estimate, in any dimension. Ways for time to enter: Grathwohl, Chen, Bette
 from __future__ import annotations
 
 import math
-from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Literal, NamedTuple
 
@@ -30,7 +29,7 @@ GAIN = 3.0
 by about one in every layer. Without, a velocity is too smooth at first and learns fine structure late."""
 
 
-class Velocity(nn.Module, ABC):
+class Velocity(nn.Module):
     r"""A velocity :math:`v(t, x, c)`: what a continuous-time flow follows. A subclass writes ``forward``.
 
     A subclass that knows its divergence in closed form writes `with_divergence` too; without, it is found by one
@@ -58,7 +57,6 @@ class Velocity(nn.Module, ABC):
                 raise OptionError(f"{name} must be an integer of at least {least}, got {width!r}.")
         self.input_dim, self.context_dim = input_dim, context_dim
 
-    @abstractmethod
     def forward(self, t: Tensor | float, x: Tensor, context: Tensor | None = None) -> Tensor:
         """The velocity ``[*batch, D]``.
 
@@ -71,6 +69,7 @@ class Velocity(nn.Module, ABC):
             ShapeError: the time or the state has another shape.
             ContextError: the context is missing, unexpected, or of another width.
         """
+        raise NotImplementedError
 
     def with_divergence(self, t: Tensor | float, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         r"""The velocity ``[*batch, D]`` and its divergence :math:`\sum_d \partial v_d / \partial x_d`, ``[*batch]``."""

@@ -3,7 +3,7 @@
 from pyroflows.numerics.derivatives import gradients_with_graph
 from pyroflows.numerics.logistic import deep_sigmoid, logistic_mean, mixture_parameters, mixture_weights
 from pyroflows.numerics.means import elu_mean, leaky_relu_mean, normal_mean
-from pyroflows.numerics.modes import is_plainly_eager
+from pyroflows.numerics.modes import is_differentiated, is_plainly_eager
 from pyroflows.numerics.ode import Solution, Work, ode_solvers, solve
 from pyroflows.numerics.piecewise import piecewise_cubic, piecewise_linear, piecewise_quadratic
 from pyroflows.numerics.quadrature import gauss_legendre, powers
@@ -34,6 +34,7 @@ __all__ = [
     "gradients_with_graph",
     "hutch_plus_plus",
     "hutchinson",
+    "is_differentiated",
     "is_plainly_eager",
     "leaky_relu_mean",
     "linear_rational",

@@ -36,9 +36,11 @@ def gradients_with_graph(
         >>> by_first.item(), by_second.item()
         (6.0, 3.0)
     """
-    inputs = [None if value is None else value.view_as(value) for value in inputs]
+    again = torch.is_grad_enabled()  # else there is no graph, and the gradients come as a batch or are plain ones
     wanted = [i for i, need in enumerate(needed) if need]
-    leaves: list[Tensor] = [inputs[i] for i in wanted]  # type: ignore[misc]
-    found = torch.autograd.grad(function(*inputs), leaves, outer, create_graph=True, allow_unused=True)
+    with torch.enable_grad():
+        inputs = [None if value is None else value.view_as(value) for value in inputs]
+        leaves: list[Tensor] = [inputs[i] for i in wanted]  # type: ignore[misc]
+        found = torch.autograd.grad(function(*inputs), leaves, outer, create_graph=again, allow_unused=True)
     by = dict(zip(wanted, found, strict=True))
     return [by.get(i) for i in range(len(inputs))]

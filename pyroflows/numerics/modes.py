@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import torch
+from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["is_plainly_eager"]
+__all__ = ["is_differentiated", "is_plainly_eager"]
 
 
 def is_plainly_eager() -> bool:
@@ -22,3 +23,18 @@ def is_plainly_eager() -> bool:
         return False
     tracing = torch._C._get_tracing_state() is not None
     return not (tracing or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
+
+
+def is_differentiated(gradient: Tensor) -> bool:
+    """In a ``backward``: whether autograd has to follow it, for a second derivative or for a batch of gradients.
+
+    Then first derivatives that are written out in place give way to the plain formula's.
+
+    Example:
+        >>> is_differentiated(torch.ones(2))
+        True
+        >>> with torch.no_grad():
+        ...     is_differentiated(torch.ones(2))
+        False
+    """
+    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(gradient)

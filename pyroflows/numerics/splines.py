@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from pyroflows.numerics.derivatives import gradients_with_graph
-from pyroflows.numerics.modes import is_plainly_eager
+from pyroflows.numerics.modes import is_differentiated, is_plainly_eager
 from pyroflows.numerics.scales import bounded_log_scale
 
 __all__ = ["linear_rational", "rational_quadratic"]
@@ -151,7 +151,7 @@ class _RationalQuadratic(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, by_result: Tensor, by_log_slope: Tensor) -> tuple[Tensor | None, ...]:
         value, widths, heights, slopes, inside, xi, *rest = ctx.saved_tensors
-        if torch.is_grad_enabled():  # the derivatives themselves are to be differentiated
+        if is_differentiated(by_result) or is_differentiated(by_log_slope):
 
             def plainly(value: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
                 return _rational_quadratic(value, widths, heights, slopes, ctx.bound, ctx.inverse)
@@ -291,7 +291,8 @@ def rational_quadratic(
         >>> rational_quadratic(x, raw, raw, raw[:, 1:], bound=5.0)[0]
         tensor([0.3000, 7.0000])
     """
-    own_rows = widths.shape[:-1] == value.shape and is_plainly_eager()
+    parameters = (widths, heights, slopes)
+    own_rows = all(p.shape[:-1] == value.shape and p.dtype == value.dtype for p in parameters) and is_plainly_eager()
     function = _RationalQuadratic.apply if own_rows else _rational_quadratic
     mapped = function(value, widths, heights, slopes, bound, inverse)
     return _with_tails(mapped, value, slopes, int(widths.shape[-1]), bound, inverse)

@@ -6,7 +6,8 @@ Chen, Bettencourt, Sutskever, Duvenaud (2019), *FFJORD*, arXiv:1810.01367.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import itertools
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -182,7 +183,10 @@ class ContinuousTransform(FlowTransform):
         batch = value.shape[:-1]
         if context is not None:
             batch = torch.broadcast_shapes(batch, context.shape[:-1])
+        if not value.is_floating_point():
+            value = value.to(torch.get_default_dtype())
         rows = value.expand(*batch, self.input_dim).reshape(-1, self.input_dim)
+        evaluate, tensors, fixed = self._as_it_is_now()
         carried = []
         if context is not None:
             context = context.expand(*batch, self.context_dim).reshape(-1, self.context_dim)
@@ -197,7 +201,7 @@ class ContinuousTransform(FlowTransform):
             given = iter(carried)
             at = next(given) if context is not None else None
             noise = next(given, None)
-            trace = self._trace(t.to(value.dtype), x, at, None if noise is None else noise.movedim(1, 0))
+            trace = evaluate(t.to(value.dtype), x, at, None if noise is None else noise.movedim(1, 0))
             samples = trace.divergence.unsqueeze(0)
             if trace.samples is not None:
                 known, guessed = trace.samples.tensor_split([self._directions])
@@ -208,13 +212,33 @@ class ContinuousTransform(FlowTransform):
         dtype = _at_least_float32(value)
         state = torch.cat([rows.to(dtype), rows.new_zeros(len(rows), log_dets, dtype=dtype)], -1)
         rtol, atol = self.tolerances[self.training]
-        found = solve(field, state, *ends, rtol=rtol, atol=atol, carried=carried, **self.settings)
+        settings = self.settings if fixed else {**self.settings, "gradient": "direct"}
+        found = solve(field, state, *ends, rtol=rtol, atol=atol, carried=carried, parameters=tensors, **settings)
         state = found.state.reshape(*batch, self.input_dim + log_dets)
         samples = state[..., self.input_dim :]
         log_det, error = samples.mean(-1), torch.zeros(batch, dtype=dtype, device=value.device)
         if probes is not None:
             error = samples.detach().std(-1) / log_dets**0.5 if log_dets > 1 else error + float("inf")
         return Flowed(state[..., : self.input_dim].to(value.dtype), log_det, error, found.nfe)
+
+    def _as_it_is_now(self) -> tuple[Callable[..., Trace], list[Tensor], bool]:
+        """The velocity at its present tensors, those that need gradients, and whether they are the same every time.
+
+        A gradient that evaluates the velocity again has to find the tensors of the forward pass, though another set
+        may have been put in its place for the while (``torch.func.functional_call``). Weights that Pyro samples when
+        they are asked for cannot be had again.
+        """
+        then = dict(itertools.chain(self.velocity.named_parameters(), self.velocity.named_buffers()))
+
+        def evaluate(*arguments: Any) -> Trace:
+            now = itertools.chain(self.velocity.parameters(), self.velocity.buffers())
+            if all(a is b for a, b in zip(then.values(), now, strict=True)):
+                return self._trace(*arguments)
+            replaced = {f"layer.velocity.{name}": tensor for name, tensor in then.items()}
+            return torch.func.functional_call(_Evaluation(self), replaced, arguments)
+
+        fixed = not any(getattr(module, "_pyro_samples", None) for module in self.velocity.modules())
+        return evaluate, [tensor for tensor in then.values() if tensor.requires_grad], fixed
 
     def _draw(self, rows: Tensor, t: Tensor | float, context: Tensor | None) -> Tensor | None:
         """The probes of a solve ``[n, rows, D]``; none where the divergence is exact.
@@ -247,6 +271,17 @@ class ContinuousTransform(FlowTransform):
         if probes is None:
             return Trace(*self.velocity.with_divergence(t, x, context))
         return hutchinson(lambda x: self.velocity(t, x, context), x, probes)
+
+
+class _Evaluation(nn.Module):
+    """One evaluation of a layer's velocity, whose tensors can be replaced."""
+
+    def __init__(self, layer: ContinuousTransform) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, *arguments: Any) -> Trace:
+        return self.layer._trace(*arguments)
 
 
 def _at_least_float32(value: Tensor) -> torch.dtype:

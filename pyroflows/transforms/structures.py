@@ -11,7 +11,7 @@ from torch.distributions import constraints
 
 from pyroflows.errors import OptionError
 from pyroflows.nets import MADE, MLP, Activation
-from pyroflows.numerics import gradients_with_graph, is_plainly_eager, sum_last
+from pyroflows.numerics import gradients_with_graph, is_differentiated, is_plainly_eager, sum_last
 from pyroflows.transforms.base import FlowTransform
 from pyroflows.transforms.maps import UnivariateMap
 
@@ -361,7 +361,7 @@ class _Implicit(torch.autograd.Function):
     def forward(
         ctx: Any, layer: Autoregressive, x: Tensor, y: Tensor, context: Tensor | None, *tensors: Tensor
     ) -> Tensor:
-        ctx.layer = layer
+        ctx.layer, ctx.tensors = layer, tensors
         ctx.save_for_backward(x, y, context, *tensors)
         return x.clone()
 
@@ -369,7 +369,9 @@ class _Implicit(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
         x, y, context, *tensors = ctx.saved_tensors
         needed = ctx.needs_input_grad[2:]
-        if torch.is_grad_enabled():  # the gradient itself is to be differentiated
+        # A second derivative, a batch of gradients, or a network whose tensors were others in the forward pass.
+        replaced = any(a is not b for a, b in zip(ctx.tensors, ctx.layer.net.tensors(), strict=True))
+        if is_differentiated(gradient) or replaced:
             passes = _Passes(ctx.layer)
             name_of = {id(parameter): name for name, parameter in passes.named_parameters()}
             names = [name_of[id(tensor)] for tensor in ctx.layer.net.tensors()]
