@@ -224,3 +224,14 @@ def test_gradients_may_come_as_a_batch(map):
         (got,) = torch.autograd.grad(y, x, rows, is_grads_batched=True, retain_graph=True)
         want = torch.stack([torch.autograd.grad(y, x, row, retain_graph=True)[0] for row in rows])
         torch.testing.assert_close(got, want, rtol=1e-6, atol=1e-8)
+
+
+def test_a_map_that_is_flat_to_the_last_digit_has_finite_gradients():
+    t = layer("deep_sigmoid", 5, scale=2.0, hidden_dims=(16, 16)).float()
+    y = torch.randn(200, 5)
+    y[:, 0] = 1e20 * y[:, 0].sign()  # what the network reads of it puts the units of the map far apart
+    y.requires_grad_()
+    x, log_det = t.inverse_and_log_det(y)
+    assert float(log_det.detach().max()) > 1e4  # slopes that no number holds
+    for gradient in torch.autograd.grad(x.sum(), [y, *t.parameters()]):
+        assert bool(gradient.isfinite().all())

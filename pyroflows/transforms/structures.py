@@ -323,6 +323,8 @@ class Autoregressive(_Mapped):
             image, log_slope = self.map.forward(points, params)
             (by_params,) = torch.autograd.grad(image.sum(), params)
         slope = torch.exp(log_slope.detach()).to(x.dtype)
+        # Where the map is flat to the last digit, x does not follow y by any number that can be held.
+        slope = torch.where(slope < torch.finfo(x.dtype).tiny ** 0.5, torch.inf, slope)
         solved = self.net.unroll_back(points, gradient, slope, by_params, context)  # type: ignore[operator]
         return solved.reshape(*batch, self.input_dim)
 
