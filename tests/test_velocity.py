@@ -618,8 +618,8 @@ def test_functions_and_probes_of_the_wrong_shape():
         hutchinson(torch.sin, x, torch.zeros(5, 3))
     with pytest.raises(ShapeError, match="2 at least"):
         hutch_plus_plus(torch.sin, x, draw_probes(x))
-    with pytest.raises(TypeError):
-        Velocity(2)
+    with pytest.raises(NotImplementedError):
+        Velocity(3)(0.0, x)
 
 
 def test_an_error_of_the_users_function_comes_through():
