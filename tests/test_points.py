@@ -130,3 +130,12 @@ def test_a_flow_of_double_parts_is_double():
         q = flow(torch.zeros(5, 3, dtype=torch.float64)) if context_dim else flow()
         assert q.sample((3,)).dtype == torch.float64
         assert q.log_prob(torch.zeros(5, 2, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_a_mixture_of_double_flows_reads_double_contexts():
+    parts = [pf.flow("realnvp", input_dim=2, context_dim=3, hidden_dims=(8,)).double() for _ in range(2)]
+    mixed = pf.distributions.Mixture(parts).double()
+    again = pf.distributions.Mixture(parts)
+    assert again.context_loc.dtype == again.standardize.loc.dtype == torch.float64
+    context = torch.zeros(5, 3, dtype=torch.float64)
+    assert mixed(context).log_prob(torch.zeros(5, 2, dtype=torch.float64)).dtype == torch.float64

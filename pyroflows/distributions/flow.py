@@ -208,7 +208,6 @@ class Flow(nn.Module):
         self.base = base
         self.config: Any = None
         self._compile_options: dict[str, Any] | None = None
-        self.context_dim = transform.context_dim
         base_shape = base().event_shape
         if len(base_shape) != transform.domain.event_dim:
             raise OptionError(
@@ -218,16 +217,11 @@ class Flow(nn.Module):
         self.event_shape = transform.forward_shape(base_shape)
         self.learned, self.chart = transform, chart
         self.standardize = Standardize(self.event_shape)
-        if self.context_dim:
-            self.register_buffer("context_loc", torch.zeros(self.context_dim))
-            self.register_buffer("context_scale", torch.ones(self.context_dim))
-        self.constrain(support)
         parts = itertools.chain(base.parameters(), base.buffers(), transform.parameters(), transform.buffers())
-        like = next((t for t in parts if t.is_floating_point()), None)
-        if like is not None:  # what is added here lives where the parts live
-            self.standardize.to(like)
-            if self.context_dim:
-                self.context_loc, self.context_scale = self.context_loc.to(like), self.context_scale.to(like)
+        like = next((t for t in parts if t.is_floating_point()), torch.empty(0))
+        self.standardize.to(like)  # what is added lives where the parts live
+        self._read_contexts(transform.context_dim, like)
+        self.constrain(support)
 
     @property
     def input_dim(self) -> int:
@@ -327,6 +321,13 @@ class Flow(nn.Module):
         scaled = self._read(context)
         transform = self.transform if scaled is None else self.transform.condition(scaled)
         return FlowDistribution(self.base(), [transform])
+
+    def _read_contexts(self, context_dim: int, like: Tensor) -> None:
+        """Has the flow read contexts of this width, which `pyroflows.fit` may standardise."""
+        self.context_dim = context_dim
+        if context_dim:
+            self.register_buffer("context_loc", like.new_zeros(context_dim))
+            self.register_buffer("context_scale", like.new_ones(context_dim))
 
     def _read(self, context: Tensor | None) -> Tensor | None:
         """The context as the layers read it, checked."""

@@ -163,10 +163,7 @@ class Mixture(Flow):
         super().__init__(
             Permutation(range(shape[0])), _Components(components, context_dim, hidden_dims), support=support
         )
-        self.context_dim = context_dim
-        if context_dim:
-            self.register_buffer("context_loc", torch.zeros(context_dim))
-            self.register_buffer("context_scale", torch.ones(context_dim))
+        self._read_contexts(context_dim, self.standardize.loc)
 
     @property
     def components(self) -> Sequence[Flow]:

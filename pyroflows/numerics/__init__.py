@@ -13,6 +13,7 @@ from pyroflows.numerics.scales import bounded_log_scale, positive
 from pyroflows.numerics.splines import linear_rational, rational_quadratic
 from pyroflows.numerics.trace import (
     Trace,
+    deflate,
     draw_probes,
     exact_divergence,
     hutch_plus_plus,
@@ -27,6 +28,7 @@ __all__ = [
     "Work",
     "bounded_log_scale",
     "deep_sigmoid",
+    "deflate",
     "draw_probes",
     "elu_mean",
     "exact_divergence",

@@ -122,7 +122,7 @@ class _LogisticMean(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, by_y: Tensor, by_log_slope: Tensor) -> tuple[Tensor | None, ...]:
         c, w, v, both, *sums = ctx.saved_tensors
-        if is_differentiated(by_y) or is_differentiated(by_log_slope):
+        if is_differentiated(by_y, by_log_slope):
             return tuple(gradients_with_graph(_by_logarithms, (c, w, v), ctx.needs_input_grad, (by_y, by_log_slope)))
         shape = both.shape[1:]
         terms = w.expand(shape), v.expand(shape)
@@ -144,7 +144,7 @@ class _DeepSigmoid(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, by_y: Tensor, by_log_slope: Tensor) -> tuple[Tensor | None, ...]:
         x, raw, offsets, a, w, both, *sums = ctx.saved_tensors
-        if is_differentiated(by_y) or is_differentiated(by_log_slope):
+        if is_differentiated(by_y, by_log_slope):
 
             def plainly(x: Tensor, raw: Tensor) -> tuple[Tensor, Tensor]:
                 a, b, w = mixture_parameters(raw, ctx.slope, offsets)

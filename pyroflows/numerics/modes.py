@@ -25,7 +25,7 @@ def is_plainly_eager() -> bool:
     return not (tracing or torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0)
 
 
-def is_differentiated(gradient: Tensor) -> bool:
+def is_differentiated(*gradients: Tensor) -> bool:
     """In a ``backward``: whether autograd has to follow it, for a second derivative or for a batch of gradients.
 
     Then first derivatives that are written out in place give way to the plain formula's.
@@ -37,4 +37,4 @@ def is_differentiated(gradient: Tensor) -> bool:
         ...     is_differentiated(torch.ones(2))
         False
     """
-    return torch.is_grad_enabled() or torch._C._functorch.is_legacy_batchedtensor(gradient)
+    return torch.is_grad_enabled() or any(map(torch._C._functorch.is_legacy_batchedtensor, gradients))

@@ -151,7 +151,7 @@ class _RationalQuadratic(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, by_result: Tensor, by_log_slope: Tensor) -> tuple[Tensor | None, ...]:
         value, widths, heights, slopes, inside, xi, *rest = ctx.saved_tensors
-        if is_differentiated(by_result) or is_differentiated(by_log_slope):
+        if is_differentiated(by_result, by_log_slope):
 
             def plainly(value: Tensor, widths: Tensor, heights: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
                 return _rational_quadratic(value, widths, heights, slopes, ctx.bound, ctx.inverse)

@@ -24,7 +24,7 @@ from pyroflows.errors import OptionError, ShapeError
 from pyroflows.numerics.modes import is_plainly_eager
 from pyroflows.numerics.reduce import sum_last
 
-__all__ = ["Trace", "draw_probes", "exact_divergence", "hutch_plus_plus", "hutchinson", "total_derivative"]
+__all__ = ["Trace", "deflate", "draw_probes", "exact_divergence", "hutch_plus_plus", "hutchinson", "total_derivative"]
 
 ROWS = 256
 """From this many rows on, products with the Jacobian are as fast one by one as all at once, and need less memory."""
@@ -199,16 +199,32 @@ def hutch_plus_plus(function: Callable[[Tensor], Tensor], x: Tensor, probes: Ten
     value, pull = _pullback(function, x)
     _check_square(value, x)
     half = min(len(probes) // 2, x.shape[-1])
-    sketch = torch.stack([pull(probe)[0].detach() for probe in probes[:half]], -1)
-    basis = torch.linalg.qr(sketch.to(torch.promote_types(x.dtype, torch.float32)))[0].to(x.dtype)  # [*batch, D, half]
-    directions = basis.movedim(-1, 0)
-    rest = probes[half:]
-    rest = rest - (basis @ (basis.mT @ rest.unsqueeze(-1))).squeeze(-1)
+    directions, rest = deflate(torch.stack([pull(probe)[0] for probe in probes[:half]]), probes[half:])
     within = torch.stack([pull(direction)[0] for direction in directions])
     beyond = torch.stack([pull(probe)[0] for probe in rest])
     samples = sum_last(within * directions).sum(0) + sum_last(beyond * rest)
     products = torch.cat([within, beyond / math.sqrt(len(rest))])
     return Trace(value, samples.mean(0), samples, products)
+
+
+def deflate(sketch: Tensor, probes: Tensor) -> tuple[Tensor, Tensor]:
+    """An orthonormal basis of the span of some vectors, without gradient, and what other vectors have beside it.
+
+    Args:
+        sketch: ``[m, *batch, D]``.
+        probes: ``[n, *batch, D]``.
+
+    Returns:
+        ``[min(m, D), *batch, D]`` and ``[n, *batch, D]``.
+
+    Example:
+        >>> basis, rest = deflate(torch.tensor([[3.0, 0.0]]), torch.tensor([[1.0, 2.0]]))
+        >>> basis.abs(), rest
+        (tensor([[1., 0.]]), tensor([[0., 2.]]))
+    """
+    columns = sketch.detach().movedim(0, -1).to(torch.promote_types(probes.dtype, torch.float32))
+    basis = torch.linalg.qr(columns)[0].to(probes.dtype)
+    return basis.movedim(-1, 0), probes - (basis @ (basis.mT @ probes.unsqueeze(-1))).squeeze(-1)
 
 
 def total_derivative(function: Callable[[Tensor, Tensor], Tensor], t: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 
 from pyroflows.errors import OptionError
 from pyroflows.nets import Velocity, VelocityMLP, as_velocity
-from pyroflows.numerics import Trace, draw_probes, hutchinson, positive, solve
+from pyroflows.numerics import Trace, deflate, draw_probes, hutchinson, positive, solve
 from pyroflows.transforms.base import FlowTransform
+from pyroflows.transforms.replaced import call_with
 
 __all__ = ["ContinuousTransform", "Flowed", "continuous"]
 
@@ -234,8 +235,8 @@ class ContinuousTransform(FlowTransform):
             now = itertools.chain(self.velocity.parameters(), self.velocity.buffers())
             if all(a is b for a, b in zip(then.values(), now, strict=True)):
                 return self._trace(*arguments)
-            replaced = {f"layer.velocity.{name}": tensor for name, tensor in then.items()}
-            return torch.func.functional_call(_Evaluation(self), replaced, arguments)
+            replaced = {f"velocity.{name}": tensor for name, tensor in then.items()}
+            return call_with(self, replaced, self._trace, *arguments)
 
         fixed = not any(getattr(module, "_pyro_samples", None) for module in self.velocity.modules())
         return evaluate, [tensor for tensor in then.values() if tensor.requires_grad], fixed
@@ -256,11 +257,9 @@ class ContinuousTransform(FlowTransform):
             probes = draw_probes(rows[:1], self.probes, self.noise, generator).expand(-1, len(rows), -1)
         if not self._directions:
             return probes
-        sketch = self._trace(t, rows, context, probes[: self._directions]).products
-        basis = torch.linalg.qr(sketch.detach().movedim(0, -1).to(_at_least_float32(rows)))[0].to(rows)  # type: ignore[union-attr]
-        rest = probes[self._directions :]
-        rest = rest - (basis @ (basis.mT @ rest.unsqueeze(-1))).squeeze(-1)
-        return torch.cat([basis.movedim(-1, 0), rest])
+        products = hutchinson(lambda x: self.velocity(t, x, context), rows, probes[: self._directions]).products
+        assert products is not None  # an estimate always has them
+        return torch.cat(deflate(products, probes[self._directions :]))
 
     @property
     def _directions(self) -> int:
@@ -271,17 +270,6 @@ class ContinuousTransform(FlowTransform):
         if probes is None:
             return Trace(*self.velocity.with_divergence(t, x, context))
         return hutchinson(lambda x: self.velocity(t, x, context), x, probes)
-
-
-class _Evaluation(nn.Module):
-    """One evaluation of a layer's velocity, whose tensors can be replaced."""
-
-    def __init__(self, layer: ContinuousTransform) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, *arguments: Any) -> Trace:
-        return self.layer._trace(*arguments)
 
 
 def _at_least_float32(value: Tensor) -> torch.dtype:

@@ -14,6 +14,7 @@ from pyroflows.nets import MADE, MLP, Activation
 from pyroflows.numerics import gradients_with_graph, is_differentiated, is_plainly_eager, sum_last
 from pyroflows.transforms.base import FlowTransform
 from pyroflows.transforms.maps import UnivariateMap
+from pyroflows.transforms.replaced import call_with
 
 __all__ = ["Autoregressive", "Coupling", "Elementwise", "coupling_mask"]
 
@@ -341,17 +342,6 @@ class Autoregressive(_Mapped):
         return x, sum_last(torch.cat(log_slopes, -1))
 
 
-class _Passes(nn.Module):
-    """An inverse by passes, whose parameters can be replaced."""
-
-    def __init__(self, layer: Autoregressive) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, y: Tensor, context: Tensor | None) -> Tensor:
-        return self.layer._by_passes(y, context)[0]
-
-
 class _Implicit(torch.autograd.Function):
     r"""The root :math:`x` of :math:`y = f(x; \theta)`, with the gradients of the implicit function theorem.
 
@@ -374,12 +364,13 @@ class _Implicit(torch.autograd.Function):
         # A second derivative, a batch of gradients, or a network whose tensors were others in the forward pass.
         replaced = any(a is not b for a, b in zip(ctx.tensors, ctx.layer.net.tensors(), strict=True))
         if is_differentiated(gradient) or replaced:
-            passes = _Passes(ctx.layer)
-            name_of = {id(parameter): name for name, parameter in passes.named_parameters()}
-            names = [name_of[id(tensor)] for tensor in ctx.layer.net.tensors()]
+            layer = ctx.layer
+            name_of = {id(parameter): name for name, parameter in layer.named_parameters()}
+            names = [name_of[id(tensor)] for tensor in layer.net.tensors()]
 
             def by_passes(y: Tensor, context: Tensor | None, *tensors: Tensor) -> Tensor:
-                return torch.func.functional_call(passes, dict(zip(names, tensors, strict=True)), (y, context))
+                found, _ = call_with(layer, dict(zip(names, tensors, strict=True)), layer._by_passes, y, context)
+                return found
 
             return None, None, *gradients_with_graph(by_passes, (y, context, *tensors), needed, gradient)
         solved = ctx.layer._solve_back(x, context, gradient)
