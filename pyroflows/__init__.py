@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from pyroflows.archive import load, save
     from pyroflows.distributions import Flow, FlowDistribution
     from pyroflows.guides import AutoFlow
+    from pyroflows.numerics.record import recorded
     from pyroflows.plugins import available, flow, get, guide, transform
     from pyroflows.testing import check
     from pyroflows.training.fit import FitResult, fit
@@ -48,6 +49,7 @@ _HOME = {
     "get": "plugins",
     "guide": "plugins",
     "load": "archive",
+    "recorded": "numerics.record",
     "save": "archive",
     "transform": "plugins",
 }
@@ -86,6 +88,7 @@ __all__ = [
     "nets",
     "numerics",
     "plugins",
+    "recorded",
     "save",
     "testing",
     "training",
