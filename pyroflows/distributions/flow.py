@@ -193,6 +193,8 @@ class Flow(nn.Module):
         torch.Size([10, 5, 2])
     """
 
+    transform: Compose
+    standardizes: bool
     context_loc: Tensor
     context_scale: Tensor
 
@@ -215,13 +217,28 @@ class Flow(nn.Module):
                 f"{transform.domain.event_dim} dimensions; did you mean base.to_event(1)?"
             )
         self.event_shape = transform.forward_shape(base_shape)
-        self.learned, self.chart = transform, chart
-        self.standardize = Standardize(self.event_shape)
-        parts = itertools.chain(base.parameters(), base.buffers(), transform.parameters(), transform.buffers())
-        like = next((t for t in parts if t.is_floating_point()), torch.empty(0))
-        self.standardize.to(like)  # what is added lives where the parts live
+        tensors = itertools.chain(base.parameters(), base.buffers(), transform.parameters(), transform.buffers())
+        like = next((t for t in tensors if t.is_floating_point()), torch.empty(0))
+        self.standardizes = chart is None and is_real(transform.codomain)
+        parts = [transform]
+        if self.standardizes:
+            parts.append(Standardize(self.event_shape).to(like))  # what is added lives where the parts live
+        elif chart is not None:
+            parts.append(chart)
+        self._own = len(parts)
+        self.transform = Compose(parts)
         self._read_contexts(transform.context_dim, like)
         self.constrain(support)
+
+    @property
+    def learned(self) -> FlowTransform:
+        """The learned transform, the first part of ``transform``."""
+        return self.transform[0]
+
+    @property
+    def standardize(self) -> Standardize | None:
+        """The standardiser, the second part of ``transform``; ``None`` where nothing may be shifted or scaled."""
+        return self.transform[1] if self.standardizes else None  # type: ignore[return-value]
 
     @property
     def input_dim(self) -> int:
@@ -232,11 +249,6 @@ class Flow(nn.Module):
     def data_shape(self) -> torch.Size:
         """The shape of a point of the data; on a support it may be another than ``event_shape``."""
         return self.transform.forward_shape(self.base().event_shape)
-
-    @property
-    def standardizes(self) -> bool:
-        """Whether there is a standardiser between the learned transform and the data."""
-        return self.chart is None and is_real(self.learned.codomain)
 
     @property
     def support(self) -> constraints.Constraint:
@@ -261,15 +273,10 @@ class Flow(nn.Module):
                 live on a support of their own.
         """
         constraint = as_constraint(support)
-        parts: list[FlowTransform] = [self.learned]
-        if self.standardizes:
-            parts.append(self.standardize)
-        elif constraint is not None:
-            own = self.learned.codomain if self.chart is None else self.chart.codomain
-            raise OptionError(f"the points of this flow live on {own}, so it takes no support.")
-        if self.chart is not None:
-            parts.append(self.chart)
+        parts = list(self.transform)[: self._own]
         if constraint is not None:
+            if not self.standardizes:
+                raise OptionError(f"the points of this flow live on {parts[-1].codomain}, so it takes no support.")
             parts.append(onto(constraint, self.event_shape))
         self._declared = constraint
         self.transform = Compose(parts)

@@ -163,7 +163,7 @@ class Mixture(Flow):
         super().__init__(
             Permutation(range(shape[0])), _Components(components, context_dim, hidden_dims), support=support
         )
-        self._read_contexts(context_dim, self.standardize.loc)
+        self._read_contexts(context_dim, next(self.base.parameters()))
 
     @property
     def components(self) -> Sequence[Flow]:

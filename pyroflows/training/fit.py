@@ -286,7 +286,7 @@ def _location_and_scale(rows: Tensor, how: str) -> tuple[Tensor, Tensor]:
 def _standardize(flow: Flow, x: Tensor, context: Tensor | None, how: str) -> None:
     with torch.no_grad():
         rows = _unconstrained(flow, x)
-        if flow.standardizes:
+        if flow.standardize is not None:
             loc, scale = _location_and_scale(rows, how)
             flow.standardize.set(loc, torch.where(scale > 0, scale, torch.ones_like(scale)))
         if flow.standardizes and how == "auto":

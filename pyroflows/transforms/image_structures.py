@@ -257,11 +257,11 @@ def multi_scale(
         raise OptionError(f'expected levels >= 0 and squeeze "space" or "haar", got {levels!r} and {squeeze!r}.')
     if levels == 0:
         return Compose([*steps(shape), *before(shape)])
-    halved: FlowTransform = Squeeze(shape) if squeeze == "space" else Haar(shape)
-    channels, height, width = halved.forward_shape(shape)
-    layers = [halved]
+    halve: Callable[[torch.Size], FlowTransform] = Squeeze if squeeze == "space" else Haar
+    layers = [halve(shape)]
+    channels, height, width = halved = layers[0].forward_shape(shape)
     if levels > 1:
         half = (channels // 2, height, width)
         deeper = multi_scale(half, steps, levels=levels - 1, before=before, squeeze=squeeze)
         layers.append(FactorOut(deeper, channels // 2))
-    return Compose([*layers, *steps(halved.forward_shape(shape)), halved.inv, *before(shape)])
+    return Compose([*layers, *steps(halved), halve(shape).inv, *before(shape)])
