@@ -8,6 +8,7 @@ import torch
 
 import pyroflows as pf
 from pyroflows import errors
+from pyroflows.distributions import Dequantized, dequantizer, logit_interval
 
 
 def fit(flow, *args, **options):
@@ -144,3 +145,61 @@ def test_robust_and_far_entries_of_images():
     flow = glow()
     fit(flow, x, standardize="robust", max_epochs=1)
     assert flow.standardize.scale[1, 2, 3] < 50
+
+
+def digits(rows=500):
+    from sklearn.datasets import load_digits
+
+    data = load_digits()
+    return torch.tensor(data.images[:rows]).to(torch.uint8)[:, None], torch.tensor(data.target[:rows])[:, None]
+
+
+def pixels(noise=False, **options):
+    torch.manual_seed(0)
+    flow = pf.flow(
+        "glow", input_dim=(1, 8, 8), levels=1, steps=1, hidden_channels=8, support=logit_interval(), **options
+    )
+    return Dequantized(flow, 17, dequantizer((1, 8, 8), transforms=2, hidden_channels=4) if noise else None)
+
+
+@pytest.mark.parametrize("noise", [False, True])
+def test_images_of_whole_numbers(noise):
+    """The bound rises: 17 levels of equal probability are 4.09 bits a pixel, and most pixels of a digit are black."""
+    x, _ = digits()
+    model = pixels(noise)
+    result = fit(model, x[:400], max_epochs=10, lr=5e-3)
+    bits = model().bits_per_dim(x[400:]).mean()
+    assert bits < 3.1
+    assert -result.validation / (64 * math.log(2)) == pytest.approx(bits.item(), abs=0.2)
+    assert not torch.equal(model.flow.standardize.loc, torch.zeros(1, 8, 8))
+    if noise:
+        assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in model.noise.parameters())
+
+
+def test_the_bound_is_estimated_with_the_same_noise_in_every_epoch():
+    """So the best epoch is not the luckiest one: without a step all are alike."""
+    state = torch.get_rng_state()
+    result = fit(pixels(), digits(100)[0], max_epochs=2, lr=1e-30)
+    assert len(set(result.history["validation"])) == 1
+    assert not torch.equal(torch.get_rng_state(), state)  # and the noise of the steps is new
+
+
+def test_images_of_whole_numbers_with_a_context():
+    x, labels = digits(200)
+    model = pixels(context_dim=1)
+    result = fit(model, x, labels, max_epochs=3, lr=5e-3)
+    assert result.best_epoch > 0
+    assert model.flow.context_loc.item() == pytest.approx(4.5, abs=0.5)
+    with pytest.raises(errors.ContextError, match="context"):
+        fit(model, x)
+
+
+def test_images_that_are_no_whole_numbers():
+    x, _ = digits(100)
+    for wrong in (x + 0.5, x.float() - 1, x + 1):
+        with pytest.raises(errors.OutsideSupport, match="upper_bound=16"):
+            fit(pixels(), wrong)
+    with pytest.raises(errors.DataError, match="shape"):
+        fit(pixels(), x.flatten(1))
+    with pytest.raises(errors.OptionError, match="unit_intervall"):
+        fit(pixels(), x, support="unit_intervall")

@@ -284,6 +284,12 @@ class Flow(nn.Module):
         if self._compile_options is not None:
             self.transform.compile(**self._compile_options)
 
+    def unconstrained(self, x: Tensor) -> Tensor:
+        """Points of the data before the map to their support, ``[*batch, *event_shape]``: what is standardised."""
+        for part in reversed(list(self.transform)[self._own :]):
+            x, _ = part.inverse_and_log_det(x)
+        return x
+
     def compile(self, **options: Any) -> Flow:  # type: ignore[override]
         """Has ``torch.compile`` work on sampling and scoring from now on, though not on a search.
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.distributions import constraints
 
 from pyroflows.distributions.base import Base
-from pyroflows.distributions.flow import Flow
+from pyroflows.distributions.flow import Flow, Standardize
 from pyroflows.distributions.support import Support
 from pyroflows.errors import OptionError
 from pyroflows.nets import Activation
@@ -266,6 +266,10 @@ def dequantizer(
     return Flow(Compose(layers), _standard_normal_image(shape), support=constraints.unit_interval)
 
 
+def _whole_numbers(levels: int, event_shape: torch.Size) -> constraints.Constraint:
+    return constraints.independent(constraints.integer_interval(0, levels - 1), len(event_shape))
+
+
 class PixelDistribution(dist.TorchDistribution):
     r"""What a `Dequantized` flow gives: a distribution of images whose pixels are integers :math:`0 \ldots L - 1`.
 
@@ -293,7 +297,7 @@ class PixelDistribution(dist.TorchDistribution):
     @property
     def support(self) -> constraints.Constraint:
         """Integers below the number of levels."""
-        return constraints.independent(constraints.integer_interval(0, self.levels - 1), len(self.event_shape))
+        return _whole_numbers(self.levels, self.event_shape)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> PixelDistribution:
         """The same distribution with another batch shape."""
@@ -382,8 +386,56 @@ class Dequantized(nn.Module):
         """
         return PixelDistribution(self.flow(context), self.levels, self.noise)
 
+    def dequantize(self, x: Tensor) -> Tensor:
+        """Images of whole numbers with uniform noise, divided by the number of levels: points of the flow."""
+        x = x.to(next(self.flow.parameters()))
+        return (x + torch.rand_like(x)) / self.levels
+
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         """Sets the starting values of layers that take them from data, from images ``x`` ``[n, C, H, W]``."""
-        like = next(iter(self.flow.parameters()))
-        x = x.to(like)
-        self.flow.initialize((x + torch.rand_like(x)) / self.levels, context)
+        self.flow.initialize(self.dequantize(x), context)
+
+    # --- what pyroflows.fit asks of a flow --------------------------------------------------------------
+
+    @property
+    def support(self) -> constraints.Constraint:
+        """Integers below the number of levels."""
+        return _whole_numbers(self.levels, self.flow.event_shape)
+
+    @property
+    def input_dim(self) -> int:
+        """The number of coordinates of an image."""
+        return self.flow.input_dim
+
+    @property
+    def data_shape(self) -> torch.Size:
+        """The shape of an image."""
+        return self.flow.data_shape
+
+    @property
+    def declared_support(self) -> constraints.Constraint | None:
+        """Where the flow says that the noisy images live."""
+        return self.flow.declared_support
+
+    def constrain(self, support: Support | None) -> None:
+        """Declares where the noisy images live, of the flow."""
+        self.flow.constrain(support)
+
+    def unconstrained(self, x: Tensor) -> Tensor:
+        """Noisy images before the map to their support: what is standardised."""
+        return self.flow.unconstrained(self.dequantize(x))
+
+    @property
+    def standardize(self) -> Standardize | None:
+        """The flow's standardiser."""
+        return self.flow.standardize
+
+    @property
+    def context_loc(self) -> Tensor:
+        """The flow's shift of contexts."""
+        return self.flow.context_loc
+
+    @property
+    def context_scale(self) -> Tensor:
+        """The flow's scale of contexts."""
+        return self.flow.context_scale

@@ -187,9 +187,7 @@ def check_context(value: Any, context_dim: int, rows: int, to: Tensor) -> Tensor
     return context
 
 
-def check_support(
-    rows: Tensor, support: constraints.Constraint, unconstrain: Callable[[Tensor], Tensor], name: object
-) -> Tensor:
+def check_support(rows: Tensor, support: constraints.Constraint, unconstrain: Callable[[Tensor], Tensor]) -> Tensor:
     """Checks that rows lie inside of a support, and that its bijection takes them to finite numbers.
 
     Returns:
@@ -207,7 +205,7 @@ def check_support(
         at = (~inside).nonzero()[:, 0].tolist()
         first = f"; row {at[0]} is {rows[at[0]].tolist()}" if rows[0].numel() <= 100 else ""
         raise OutsideSupport(
-            f"{len(at)} rows lie outside or on the edge of the support {name} (rows {_some(at)}{first}). "
+            f"{len(at)} rows lie outside or on the edge of the support {support} (rows {_some(at)}{first}). "
             "Move them inside, or declare another support.",
             rows=at[:100],
         )

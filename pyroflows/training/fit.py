@@ -7,7 +7,6 @@ import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any, Literal
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from pyroflows.distributions import Flow
+from pyroflows.distributions import Dequantized, Flow
 from pyroflows.distributions.support import Support
 from pyroflows.errors import ContextError, DataError, NonFiniteLoss, OptionError, TooFewRows
 from pyroflows.training.data import check_context, check_rows, check_spread, check_support, entry
@@ -41,7 +40,7 @@ class FitResult:
         seconds: how long it took.
     """
 
-    flow: Flow
+    flow: Flow | Dequantized
     history: dict[str, list[float]] = field(repr=False)
     best_epoch: int
     stopped: str
@@ -66,7 +65,7 @@ class FitResult:
 
 
 def fit(
-    flow: Flow,
+    flow: Flow | Dequantized,
     x: Any,
     context: Any = None,
     *,
@@ -91,7 +90,8 @@ def fit(
     keeps the best weights too.
 
     Args:
-        flow: the flow to fit, in place; training continues from its present weights.
+        flow: the flow to fit, in place; training continues from its present weights. Of a `Dequantized` flow the
+            lower bound of the likelihood is what rises, and ``x`` are images of whole numbers.
         x: rows ``[n, input_dim]``: a tensor, array, data frame or nested list of numbers. For a flow whose points have
             another shape, as images and matrices have, ``[n, *flow.data_shape]``.
         context: ``[n, context_dim]``, if the flow reads one.
@@ -203,7 +203,7 @@ def _check_options(
     standardize: str | None,
     on_nonfinite: str,
 ) -> None:
-    if not isinstance(flow, Flow):
+    if not isinstance(flow, Flow | Dequantized):
         raise OptionError(
             f"fit trains a pyroflows.Flow, such as pf.flow('nsf', input_dim=2); got {type(flow).__name__}. "
             "Train a guide with pyro.infer.SVI."
@@ -225,7 +225,9 @@ def _check_options(
 _Rows = tuple[Tensor, Tensor | None]
 
 
-def _split(flow: Flow, x: Any, context: Any, validation: Any, like: Tensor, seed: int | None) -> tuple[_Rows, _Rows]:
+def _split(
+    flow: Flow | Dequantized, x: Any, context: Any, validation: Any, like: Tensor, seed: int | None
+) -> tuple[_Rows, _Rows]:
     """Training and validation rows, checked."""
     if (context is None) != (flow.context_dim == 0):
         expected = f"[rows, {flow.context_dim}]" if flow.context_dim else "none"
@@ -235,7 +237,7 @@ def _split(flow: Flow, x: Any, context: Any, validation: Any, like: Tensor, seed
     def checked(x: Any, context: Any, what: str, min_rows: int | None = None) -> _Rows:
         rows = check_rows(x, shape, like, min_rows=min_rows, what=what)
         with torch.no_grad():
-            unconstrained = check_support(rows, flow.support, partial(_unconstrained, flow), flow.declared_support)
+            unconstrained = check_support(rows, flow.support, flow.unconstrained)
             if len(shape) > 1 and min_rows is None:
                 check_spread(unconstrained)
         if context is None:
@@ -261,14 +263,7 @@ def _split(flow: Flow, x: Any, context: Any, validation: Any, like: Tensor, seed
     )
 
 
-def _unconstrained(flow: Flow, rows: Tensor) -> Tensor:
-    """The rows before the map to the support: what the standardiser sees."""
-    for part in list(flow.transform)[:1:-1]:
-        rows, _ = part.inverse_and_log_det(rows)
-    return rows
-
-
-def _rows_of(flow: Flow, numbers: int, *, at_most: int) -> int:
+def _rows_of(flow: Flow | Dequantized, numbers: int, *, at_most: int) -> int:
     """How many points have so many numbers, so that images take no more memory than vectors."""
     return max(2, min(at_most, numbers // max(1, flow.input_dim)))
 
@@ -283,13 +278,13 @@ def _location_and_scale(rows: Tensor, how: str) -> tuple[Tensor, Tensor]:
     return middle.to(rows.dtype), spread.to(rows.dtype)
 
 
-def _standardize(flow: Flow, x: Tensor, context: Tensor | None, how: str) -> None:
+def _standardize(flow: Flow | Dequantized, x: Tensor, context: Tensor | None, how: str) -> None:
     with torch.no_grad():
-        rows = _unconstrained(flow, x)
+        rows = flow.unconstrained(x)
         if flow.standardize is not None:
             loc, scale = _location_and_scale(rows, how)
             flow.standardize.set(loc, torch.where(scale > 0, scale, torch.ones_like(scale)))
-        if flow.standardizes and how == "auto":
+        if flow.standardize is not None and how == "auto":
             far = ((rows - loc) / scale).abs().amax(0).flatten()
             worst = int(far.argmax())
             if float(far[worst]) > 100:
@@ -309,7 +304,7 @@ class _Run:
 
     def __init__(
         self,
-        flow: Flow,
+        flow: Flow | Dequantized,
         parameters: Sequence[Tensor],
         optimizer: Optimizer,
         clip_norm: float | None,
@@ -370,7 +365,8 @@ class _Run:
     def record(self, train: float, x: Tensor, context: Tensor | None, optimizer: Optimizer, started: float) -> float:
         """Scores the validation rows, keeps the weights if they are the best, and writes the history."""
         self.flow.eval()
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng([x.device] if x.is_cuda else []):
+            torch.manual_seed(0)  # a bound is estimated with the same noise in every epoch, so that epochs compare
             total, size = 0.0, _rows_of(self.flow, 2**18, at_most=4096)
             for start in range(0, len(x), size):
                 part = None if context is None else context[start : start + size]
