@@ -167,7 +167,8 @@ def test_options_are_checked():
         ({"solver": "dopri6"}, "dopri5"),
         ({"gradient": "forward"}, "adjoint"),
         ({"end_time": -1.0}, "end_time"),
-        ({"velocity": Linear(2), "hidden_dims": (8,)}, "default velocity"),
+        ({"velocity": Linear(2), "hidden_dims": (8,)}, "no option hidden_dims"),
+        ({"velocity": "resnet"}, "mlp, potential"),
         ({"velocity": VelocityMLP(3)}, "input_dim=2"),
     ):
         with pytest.raises(OptionError, match=words):

@@ -53,8 +53,12 @@ def searches(case):
     return pf.transform(case.name, input_dim=dim, **variants(case)[case.variant]).inverse == "numeric"
 
 
+SOLVES = ("continuous", "ffjord", "flow_matching", "otflow", "rnode")
+"""Where both directions solve a differential equation, so that one draw takes as long as ten searches."""
+
+
 def marks(case):
-    second = case.group == "pyroflows.distributions" and case.variant > 0
+    second = (case.group == "pyroflows.distributions" or case.name in SOLVES) and case.variant > 0
     return pytest.param(case, id=case.label, marks=pytest.mark.slow if second or dear(case) else ())
 
 
@@ -65,6 +69,8 @@ def test_registered(case):
         sizes = {"input_dims": (2,), "scales": (0.5,)} if dear(case) else {**EVERYDAY, "input_dims": (1, 2)}
     elif searches(case):
         sizes = {"input_dims": (1, 3), "scales": (1.0,)}
+    if case.name in SOLVES:
+        sizes = {"input_dims": (2,), "context_dims": (3,), "scales": (0.5,)}
     report = CHECKS[case.group](case.name, variants=(variants(case)[case.variant],), **sizes)
     assert report.ok
     assert not report.understated
@@ -76,11 +82,12 @@ LAYERS = [case for case in BUILT_IN if case.group == "pyroflows.transforms"]
 @pytest.mark.slow
 @pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.label)
 def test_registered_at_the_other_sizes_and_scales(case):
-    sizes = (
-        {"input_dims": (5,), "scales": (1.0, 2.0)}
-        if searches(case)
-        else {"input_dims": (2, 3, 8), "scales": (0.1, 1.0)}
-    )
+    if case.name in SOLVES:
+        sizes = {"input_dims": (3,), "context_dims": (0,), "scales": (1.0,)}
+    elif searches(case):
+        sizes = {"input_dims": (5,), "scales": (1.0, 2.0)}
+    else:
+        sizes = {"input_dims": (2, 3, 8), "scales": (0.1, 1.0)}
     check_transform(case.name, variants=(variants(case)[case.variant],), seed=1, **sizes)
 
 

@@ -2,6 +2,7 @@
 
 from pyroflows.distributions.base import Base, LearnedStudentT, standard_normal
 from pyroflows.distributions.block import bnaf
+from pyroflows.distributions.continuous import ffjord
 from pyroflows.distributions.flow import Flow, FlowDistribution, Standardize
 from pyroflows.distributions.images import (
     Dequantized,
@@ -31,6 +32,7 @@ __all__ = [
     "bnaf",
     "bpf",
     "dequantizer",
+    "ffjord",
     "gaussianization",
     "glow",
     "iaf",

@@ -20,6 +20,10 @@ from pyroflows.numerics import sum_last
 
 __all__ = ["PotentialGradient"]
 
+CURVATURE = 8.0
+"""The bound of the quadratic part's Laplacian. Contraction by exp(-8) in a unit of time is more than a density needs,
+and without a bound large weights make a field that no solver gets through."""
+
 
 class PotentialGradient(Velocity):
     r"""The gradient field :math:`v = -\nabla_x \Phi(t, x, c)` of a potential, with a closed-form divergence.
@@ -28,8 +32,9 @@ class PotentialGradient(Velocity):
         \Phi = w^\top u_n + \tfrac{1}{2} |A x + a|^2 + b^\top x, \quad u_0 = \sigma(K_0 x + k_0), \quad
         u_i = u_{i-1} + \tfrac{1}{n} \sigma(K_i u_{i-1} + k_i), \quad \sigma(z) = \log 2 \cosh z
 
-    with :math:`a` and :math:`k_0` affine in time and context. Optimal transport moves along such a field. The
-    divergence takes one product for each dimension and residual layer; none with a single hidden layer.
+    with :math:`a` and :math:`k_0` affine in time and context, and :math:`|A|_F^2 < 8`. Optimal transport moves along
+    such a field. The divergence takes one product for each dimension and residual layer; none with a single hidden
+    layer.
 
     The field starts close to zero.
 
@@ -69,7 +74,7 @@ class PotentialGradient(Velocity):
         self.steering = Steering((width, rank), context_dim, (fan_in, fan_in))
         self.weights = nn.ParameterList(uniform(torch.empty(width, width), width) for _ in hidden_dims[1:])
         self.biases = nn.ParameterList(uniform(torch.empty(width), width) for _ in hidden_dims[1:])
-        self.readout = nn.Parameter(0.01 * uniform(torch.empty(width), width))
+        self.readout = nn.Parameter(0.01 * uniform(torch.empty(1, width), width))
         self.quadratic = nn.Parameter(0.1 * uniform(torch.empty(rank, input_dim), fan_in))
         self.slant = nn.Parameter(torch.zeros(input_dim))
         with torch.no_grad():
@@ -85,7 +90,8 @@ class PotentialGradient(Velocity):
     def _run(self, t: Tensor | float, x: Tensor, context: Tensor | None, *, divergence: bool) -> tuple[Tensor, Tensor]:
         self._check(t, x, context)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        first, square, last = (each.to(dtype) for each in (self.first, self.quadratic, self.readout))
+        first, square, last = (each.to(dtype) for each in (self.first, self.quadratic, self.readout[0]))
+        square = square * (1 + square.square().sum() / CURVATURE).rsqrt()
         shift, offset = self.steering(t, context, dtype)
         others = [(weight.to(dtype), bias.to(dtype)) for weight, bias in zip(self.weights, self.biases, strict=True)]
         step = 1 / max(1, len(others))

@@ -22,7 +22,7 @@ from pyroflows.numerics.borrowed import borrowed_solve, borrowed_solvers
 from pyroflows.numerics.modes import is_plainly_eager
 from pyroflows.numerics.runge_kutta import TABLEAUS, Control, Round, Tableau, Velocity, adapt, failure, march
 
-__all__ = ["Solution", "Work", "ode_solvers", "solve"]
+__all__ = ["Solution", "Work", "ode_solvers", "ode_tolerances", "solve"]
 
 GRADIENTS = ("adjoint", "checkpoint", "direct")
 
@@ -136,7 +136,7 @@ def solve(
     # Steps are added up in float32 at least; the field keeps its own precision.
     dtype = torch.promote_types(given, torch.float32)
     tableau = _find_solver(solver, gradient, steps, options)
-    control = Control(*_tolerances(rtol, atol, given), max_nfe, state.shape[1], columns)
+    control = Control(*ode_tolerances(rtol, atol, given), max_nfe, state.shape[1], columns)
     work = Work()
     problem = Problem(field, solver, tableau, control, steps or 20, dict(options or {}), given, work, _autocast(state))
     state, carried = state.to(dtype), tuple(carried)
@@ -215,7 +215,16 @@ def _find_solver(solver: str, gradient: str, steps: int | None, options: Mapping
     return None
 
 
-def _tolerances(rtol: float | None, atol: float | None, dtype: torch.dtype) -> tuple[float, float]:
+def ode_tolerances(rtol: float | None, atol: float | None, dtype: torch.dtype) -> tuple[float, float]:
+    """What ``solve`` makes of these tolerances for states of a dtype: defaults filled in, none below 8 epsilons.
+
+    Raises:
+        OptionError: one of them is negative or no number.
+
+    Example:
+        >>> ode_tolerances(None, 1e-3, torch.float32)
+        (1e-05, 0.001)
+    """
     floor = 8 * torch.finfo(dtype).eps
     default = max(floor, 1e-9 if dtype == torch.float64 else 1e-5)
     found = []

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 
 from pyroflows.testing.trial import TransformTrial, Trial, is_real
-from pyroflows.transforms import Inverse
+from pyroflows.transforms import FlowTransform, Inverse
 
 __all__ = ["EDITS", "count_calls", "memo", "never_stale"]
 
@@ -115,6 +115,16 @@ EDITS: dict[str, Callable[[Tensor], None]] = {
 }
 """Every way to change a tensor that the caller owns."""
 
+FEW = (
+    "Adam(fused=True)",
+    "p.data.mul_",
+    "p.data = ...",
+    "new parameters",
+    "writing in place",
+    "shuffling rows in .data",
+)
+"""What layers with a search or a solve are put through, which take a hundred times as long: one way of each kind."""
+
 
 def never_stale(
     trial: Trial,
@@ -144,6 +154,9 @@ def never_stale(
 
     draws = ("sample", "rsample") if distribution(module).has_rsample else ("sample",)
     updates = UPDATES if any(p.requires_grad for p in module.parameters()) else {}
+    if any(isinstance(part, FlowTransform) and part.inverse == "numeric" for part in module.modules()):
+        updates = {name: update for name, update in updates.items() if name in FEW}
+        edits = {name: edit for name, edit in edits.items() if name in FEW}
     for name, update in updates.items():
         m = copy.deepcopy(module)
         d = distribution(m)

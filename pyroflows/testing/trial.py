@@ -230,6 +230,12 @@ class Trial:
         if not bool(((got == want) | (got.isnan() & want.isnan())).all()):
             raise Broken(f"{what}: off by {float((got - want).abs().max()):.3g}, expected the very same numbers")
 
+    @cached_property
+    def unit(self) -> float:
+        """The relative error of one direction: from rounding, or what a layer states as its tolerance."""
+        layers = [module for module in self.original.modules() if isinstance(module, FlowTransform)]
+        return max([ROUNDINGS * torch.finfo(self.dtype).eps, *(layer.tolerance(self.dtype) for layer in layers)])
+
     def close(self, what: str, got: Tensor, want: Tensor, tolerance: float, amplification: Any = 0.0) -> None:
         """The law is broken where the difference is beyond the tolerance and beyond what rounding explains.
 
@@ -243,7 +249,7 @@ class Trial:
         self.require(got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, not {tuple(want.shape)}")
         got, want = got.detach().double(), want.detach().double()
         units = torch.as_tensor(amplification, dtype=torch.float64).detach()
-        rounding = ROUNDINGS * torch.finfo(self.dtype).eps * units
+        rounding = self.unit * units
         rounding = rounding.to(got.device).reshape(-1, *(1,) * (got.dim() - 1)).expand_as(got)
         usable = rounding <= NO_DIGIT
         error = torch.where((got == want) | (got.isnan() & want.isnan()), 0.0, (got - want).abs())
@@ -347,9 +353,9 @@ class TransformTrial(Trial):
         x, y, context, there, back = self.shared["points"]
         name = f"rounding in {self.dtype}"
         if name not in self.shared:
-            unit, wide = ROUNDINGS * torch.finfo(self.dtype).eps, None if context is None else context.double()
+            wide = None if context is None else context.double()
             sides = (self.exact, there), (self.exact.inv, back)
-            self.shared[name] = [widen(transform, wide, known, unit) for transform, known in sides]
+            self.shared[name] = [widen(transform, wide, known, self.unit) for transform, known in sides]
         cast = None if context is None else context.to(self.dtype)
         return x.to(self.dtype), y.to(self.dtype), cast, *self.shared[name]
 

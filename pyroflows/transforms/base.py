@@ -120,6 +120,14 @@ class FlowTransform(TransformModule, ConditionalTransform):
     def initialize(self, y: Tensor, context: Tensor | None = None) -> None:
         """Sets starting values from a batch of data on the ``y`` side; most layers have nothing to set."""
 
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """How far either direction may be off by its own doing, relative to what it maps; 0 for rounding alone.
+
+        A layer that approximates, as one that solves a differential equation does, says here how well. The laws hold
+        it to that.
+        """
+        return 0.0
+
     def inverse_residual(self, y: Tensor, context: Tensor | None = None) -> Tensor:
         """How far ``forward(inverse(y))`` is from ``y``: the largest absolute difference, ``[*batch]``."""
         with torch.no_grad():

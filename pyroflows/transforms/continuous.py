@@ -6,6 +6,7 @@ Chen, Bettencourt, Sutskever, Duvenaud (2019), *FFJORD*, arXiv:1810.01367.
 
 from __future__ import annotations
 
+import inspect
 import itertools
 from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
@@ -14,15 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from pyroflows.errors import OptionError
-from pyroflows.nets import Velocity, VelocityMLP, as_velocity
-from pyroflows.numerics import Trace, deflate, draw_probes, hutchinson, positive, solve
-from pyroflows.transforms.base import FlowTransform
+from pyroflows.nets import PotentialGradient, Velocity, VelocityMLP, as_velocity
+from pyroflows.numerics import Trace, deflate, draw_probes, hutchinson, ode_tolerances, positive, solve
+from pyroflows.transforms.base import FlowTransform, with_variants
 from pyroflows.transforms.replaced import call_with
 
 __all__ = ["ContinuousTransform", "Flowed", "continuous"]
 
 AFFORDABLE = 256
 """Up to this many dimensions an estimated divergence is replaced by the exact one in ``eval()``."""
+VELOCITIES: dict[str, Callable[..., Velocity]] = {"mlp": VelocityMLP, "potential": PotentialGradient}
+"""The velocities that `continuous` knows by name."""
 
 
 class Flowed(NamedTuple):
@@ -143,6 +146,10 @@ class ContinuousTransform(FlowTransform):
         """The sizes and settings."""
         named = ", ".join(f"{name}={value!r}" for name, value in self.settings.items() if value is not None)
         return f"input_dim={self.input_dim}, context_dim={self.context_dim}, divergence={self.divergence!r}, {named}"
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """Ten times what its solver may be off by in a step, because the errors of steps add up."""
+        return 10 * max(ode_tolerances(*self.tolerances[self.training], torch.promote_types(dtype, torch.float32)))
 
     @property
     def end_time(self) -> Tensor | float:
@@ -280,20 +287,22 @@ def _either(value: float | None, default: float | None) -> float | None:
     return default if value is None else value
 
 
+@with_variants({"velocity": "potential"}, {"divergence": "hutchinson"})
 def continuous(
     input_dim: int,
     *,
     context_dim: int = 0,
-    velocity: nn.Module | None = None,
+    velocity: Literal["mlp", "potential"] | nn.Module = "mlp",
     **options: Any,
 ) -> ContinuousTransform:
-    """A flow along a velocity field: a `VelocityMLP`, or a module of your own.
+    """A flow along a velocity field: a network, the gradient of a potential, or a module of your own.
 
     Args:
         input_dim: the number of coordinates.
         context_dim: the width of the context.
-        velocity: a module ``net(t, x, context)``; default a `VelocityMLP`.
-        **options: of `VelocityMLP` and of `ContinuousTransform`.
+        velocity: ``"mlp"``, a `VelocityMLP`; ``"potential"``, a `PotentialGradient`; or a module
+            ``net(t, x, context)``, see `as_velocity`.
+        **options: of the named velocity and of `ContinuousTransform`.
 
     Raises:
         OptionError: an option is unknown or has a value that it cannot take.
@@ -302,11 +311,14 @@ def continuous(
         >>> continuous(2, hidden_dims=(8, 8)).inv(torch.ones(2)).shape
         torch.Size([2])
     """
-    network = {
-        name: options.pop(name) for name in ("hidden_dims", "activation", "conditioning", "residual") if name in options
-    }
-    if velocity is None:
-        velocity = VelocityMLP(input_dim, context_dim=context_dim, **network)
-    elif network:
-        raise OptionError(f"{', '.join(network)} describe the default velocity; leave them out, or leave out velocity.")
+    known = set(inspect.signature(ContinuousTransform).parameters) - {"velocity", "input_dim", "context_dim"}
+    if isinstance(velocity, str):
+        if velocity not in VELOCITIES:
+            raise OptionError(f"velocity must be a module or one of {', '.join(VELOCITIES)}, got {velocity!r}.")
+        kind = VELOCITIES[velocity]
+        own = set(inspect.signature(kind).parameters) - {"input_dim", "context_dim"}
+        velocity = kind(input_dim, context_dim=context_dim, **{name: options.pop(name) for name in own & set(options)})
+        known |= own
+    if unknown := sorted(set(options) - known):
+        raise OptionError(f"there is no option {', '.join(unknown)}; the options are {', '.join(sorted(known))}.")
     return ContinuousTransform(velocity, input_dim, context_dim=context_dim, **options)
