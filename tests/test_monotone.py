@@ -152,6 +152,22 @@ def test_the_log_slope_is_that_of_the_map(name):
 # --- values from elsewhere -------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_logistic_mean_in_half_precision(dtype):
+    torch.manual_seed(0)
+    c, w, v = torch.randn(20, 5) * 3, torch.softmax(torch.randn(20, 5), -1), torch.rand(20, 5) + 0.5
+    halves = [t.to(dtype).requires_grad_() for t in (c, w, v)]
+    sum(t.sum() for t in logistic_mean(*halves)).backward()
+    exact = [t.detach().double().requires_grad_() for t in halves]
+    sum(t.sum() for t in logistic_mean(*exact)).backward()
+    for found, expected in (
+        *zip(logistic_mean(*halves), logistic_mean(*exact), strict=True),
+        (halves[0].grad, exact[0].grad),
+    ):
+        assert found.dtype == dtype
+        torch.testing.assert_close(found.double(), expected, rtol=20 * torch.finfo(dtype).eps, atol=0.03)
+
+
 def test_a_logistic_mean_is_the_logit_of_the_mixture():
     a, b, x = np.array([0.5, 1.0, 3.0]), np.array([-1.0, 0.3, 2.0]), np.linspace(-4, 4, 9)[:, None]
     w = np.array([0.2, 0.5, 0.3])

@@ -99,6 +99,8 @@ def test_contexts():
         for wrong in (torch.zeros(6, 3), torch.zeros(())):
             with pytest.raises(ContextError, match=r"\[\*batch, 2\]"):
                 flow(wrong)
+        with pytest.raises(ContextError, match=r"list: give torch.as_tensor"):
+            flow([[0.0, 1.0]])
 
 
 def test_the_standardiser_alone():

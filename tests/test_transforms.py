@@ -583,3 +583,48 @@ def test_scales_refuse_what_cannot_be():
     for options in ({"count_bins": 1}, {"bound": 0.0}, {"order": "cubic"}, {"count_bins": 501}):
         with pytest.raises(OptionError):
             T.spline(2, **options)
+
+
+FROZEN = {
+    "sweep": lambda: T.autoregressive(3, "affine", context_dim=2, hidden_dims=(8,)),
+    "root": lambda: T.autoregressive(3, "deep_sigmoid", context_dim=2, hidden_dims=(8,)),
+    "spline": lambda: T.coupling(3, "rational_spline", context_dim=2, hidden_dims=(8,)),
+    "adjoint": lambda: T.continuous(3, context_dim=2, hidden_dims=(8, 8)),
+    "checkpoint": lambda: T.continuous(3, context_dim=2, hidden_dims=(8, 8), gradient="checkpoint"),
+}
+
+
+@pytest.mark.parametrize(("all_of_it", "twice"), [(False, False), (True, False), (False, True)])
+@pytest.mark.parametrize("name", FROZEN)
+def test_parameters_that_are_frozen_before_the_backward_pass_get_no_gradient(name, all_of_it, twice):
+    """As with plain operations: the other gradients are what they were."""
+    torch.manual_seed(0)
+    layer = shaken(FROZEN[name]()).double()
+    y, context = torch.randn(5, 3, dtype=torch.float64), torch.randn(5, 2, dtype=torch.float64)
+    parameters = list(layer.parameters())
+    frozen = parameters if all_of_it else parameters[1::2]
+
+    def gradients(freeze):
+        layer.requires_grad_(True)
+        leaves = [y.clone().requires_grad_(), context.clone().requires_grad_()]
+        x, log_det = layer.inverse_and_log_det(*leaves)
+        loss = x.square().sum() + log_det.sum()
+        if freeze:
+            [p.requires_grad_(False) for p in frozen]
+        else:
+            leaves += [p for p in parameters if not any(p is f for f in frozen)]
+        if freeze and not twice:
+            layer.zero_grad()
+            loss.backward()
+            assert all(p.grad is None for p in frozen)
+            leaves += [p for p in parameters if p.requires_grad]
+            return [leaf.grad for leaf in leaves]
+        if freeze:
+            leaves += [p for p in parameters if p.requires_grad]
+        first = torch.autograd.grad(loss, leaves, create_graph=twice)
+        if not twice:
+            return first
+        return torch.autograd.grad(sum(g.square().sum() for g in first), leaves)
+
+    for found, expected in zip(gradients(True), gradients(False), strict=True):
+        assert torch.allclose(found, expected, rtol=1e-6, atol=1e-8)

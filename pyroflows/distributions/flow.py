@@ -350,6 +350,10 @@ class Flow(nn.Module):
             return None
         if not self.context_dim:
             raise ContextError("this flow was built without a context (context_dim=0): call flow().")
+        if not isinstance(context, Tensor):
+            raise ContextError(
+                f"expected a tensor as the context, got {type(context).__name__}: give torch.as_tensor(context)."
+            )
         if context.dim() == 0 or context.shape[-1] != self.context_dim:
             raise ContextError(f"expected a context of shape [*batch, {self.context_dim}], got {tuple(context.shape)}.")
         _check_dtype(context, self.context_loc.dtype, "context")

@@ -139,11 +139,13 @@ class _Solve(torch.autograd.Function):
         problem, (count, size) = ctx.problem, ctx.sizes
         state, t0, t1, out, *saved = ctx.saved_tensors
         tensors, kept = saved[:size], saved[size:]
-        needed = ctx.needs_input_grad[3:]
+        # What was frozen since the solve gets none, as with plain operations.
+        given = (state, t0, t1, *tensors)
+        needed = [need and x.requires_grad for need, x in zip(ctx.needs_input_grad[3:], given, strict=True)]
         velocity = problem.counted("backward")
         with problem.autocast():
             if torch.is_grad_enabled():
-                given, shared_ones = (state, t0, t1, *tensors[:count]), tensors[count:]
+                given, shared_ones = given[: 3 + count], tensors[count:]
                 if _reach(given, shared_ones):
                     raise OptionError(
                         f"gradient={ctx.gradient!r} has no second derivatives where the state itself was computed from "

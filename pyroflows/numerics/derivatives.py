@@ -37,10 +37,12 @@ def gradients_with_graph(
         (6.0, 3.0)
     """
     again = torch.is_grad_enabled()  # else there is no graph, and the gradients come as a batch or are plain ones
-    wanted = [i for i, need in enumerate(needed) if need]
     with torch.enable_grad():
         inputs = [None if value is None else value.view_as(value) for value in inputs]
-        leaves: list[Tensor] = [inputs[i] for i in wanted]  # type: ignore[misc]
-        found = torch.autograd.grad(function(*inputs), leaves, outer, create_graph=again, allow_unused=True)
-    by = dict(zip(wanted, found, strict=True))
+        # What was frozen since the function was called gets none, as with plain operations.
+        leaves = {i: x for i, x in enumerate(inputs) if needed[i] and x is not None and x.requires_grad}
+        if not leaves:
+            return [None] * len(inputs)
+        found = torch.autograd.grad(function(*inputs), [*leaves.values()], outer, create_graph=again, allow_unused=True)
+    by = dict(zip(leaves, found, strict=True))
     return [by.get(i) for i in range(len(inputs))]

@@ -1,10 +1,11 @@
 r"""The logit of a mixture of logistic distribution functions, :math:`\operatorname{logit}(\sum_h w_h \sigma(c_h))`.
 
 What deep sigmoidal flows (Huang, Krueger, Lacoste, Courville 2018, arXiv:1804.00779) and Flow++ (Ho et al. 2019,
-arXiv:1902.00275) are made of. Where a compiler or a second derivative watches the operations they are sums of
-logarithms. Otherwise first derivatives are written out, and the terms are probabilities, with one logarithm a mixture.
-So that these do not vanish, a mixture all of whose :math:`|c_h|` are large is computed that much nearer to zero:
-there :math:`\sigma(-|c|) = e^{-|c|}` to the last digit, and the distance is a factor common to all terms.
+arXiv:1902.00275) are made of. Where a compiler or a second derivative watches the operations, and in half precision,
+they are sums of logarithms. Otherwise first derivatives are written out, and the terms are probabilities, with one
+logarithm a mixture. So that these do not vanish, a mixture all of whose :math:`|c_h|` are large is computed that much
+nearer to zero: there :math:`\sigma(-|c|) = e^{-|c|}` to the last digit, and the distance is a factor common to all
+terms.
 """
 
 from __future__ import annotations
@@ -210,7 +211,7 @@ def logistic_mean(c: Tensor, w: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         >>> logistic_mean(torch.tensor([1e20, 2e20]), torch.full((2,), 0.5), torch.ones(2))[0]
         tensor(1.0000e+20)
     """
-    if is_plainly_eager():
+    if is_plainly_eager() and c.dtype in FAR:
         return _LogisticMean.apply(c, w, v)
     return _by_logarithms(c, w, v)
 
@@ -232,7 +233,7 @@ def deep_sigmoid(x: Tensor, raw: Tensor, slope: float, offsets: Tensor) -> tuple
         >>> y, log_slope.abs() < 1e-6
         (tensor([1.0000e+20]), tensor([True]))
     """
-    if is_plainly_eager() and raw.shape[:-1] == x.shape and x.numel():
+    if is_plainly_eager() and raw.shape[:-1] == x.shape and x.numel() and x.dtype in FAR:
         y, log_slope = _DeepSigmoid.apply(x.reshape(-1), raw.reshape(-1, raw.shape[-1]), slope, offsets)
         return y.reshape(x.shape), log_slope.reshape(x.shape)
     a, b, w = mixture_parameters(raw, slope, offsets)

@@ -375,7 +375,8 @@ class _Implicit(torch.autograd.Function):
             return None, None, *gradients_with_graph(by_passes, (y, context, *tensors), needed, gradient)
         solved = ctx.layer._solve_back(x, context, gradient)
         by_rest: list[Tensor | None] = [None] * (len(needed) - 1)
-        wanted = [i for i, need in enumerate(needed[1:]) if need]
+        # What was frozen since the forward pass gets none, as with plain operations.
+        wanted = [i for i, t in enumerate((context, *tensors)) if needed[1 + i] and t is not None and t.requires_grad]
         if wanted:
             context = None if context is None else context.detach().requires_grad_()
             with torch.enable_grad():
