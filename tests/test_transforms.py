@@ -585,6 +585,15 @@ def test_scales_refuse_what_cannot_be():
             T.spline(2, **options)
 
 
+@pytest.mark.parametrize("name", ["affine", "affine_coupling", "spline_autoregressive", "householder"])
+def test_a_context_that_is_no_tensor(name):
+    layer = pf.transform(name, input_dim=3, context_dim=2)
+    with pytest.raises(ContextError, match=r"list: give torch.as_tensor\(context\)"):
+        layer.condition([[0.0, 1.0]])
+    with pytest.raises(ContextError, match="tuple"):
+        layer.forward_and_log_det(torch.zeros(3), (0.0, 1.0))
+
+
 FROZEN = {
     "sweep": lambda: T.autoregressive(3, "affine", context_dim=2, hidden_dims=(8,)),
     "root": lambda: T.autoregressive(3, "deep_sigmoid", context_dim=2, hidden_dims=(8,)),

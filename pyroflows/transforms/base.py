@@ -194,6 +194,10 @@ class FlowTransform(TransformModule, ConditionalTransform):
                 f"{name} was built with context_dim={self.context_dim} and got no context. "
                 "Call .condition(context) first, or flow(context) for a flow."
             )
+        if not isinstance(context, Tensor):
+            raise ContextError(
+                f"{name} expected a tensor as its context, got {type(context).__name__}: give torch.as_tensor(context)."
+            )
         if context.dim() == 0 or context.shape[-1] != self.context_dim:
             raise ContextError(
                 f"{name} expected a context of shape [*batch, {self.context_dim}], got {tuple(context.shape)}."
