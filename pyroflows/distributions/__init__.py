@@ -4,18 +4,11 @@ from pyroflows.distributions.base import Base, LearnedStudentT, standard_normal
 from pyroflows.distributions.block import bnaf
 from pyroflows.distributions.continuous import ffjord
 from pyroflows.distributions.flow import Flow, FlowDistribution, Standardize
-from pyroflows.distributions.images import (
-    Dequantized,
-    PixelDistribution,
-    bits_per_dim,
-    dequantizer,
-    glow,
-    logit_interval,
-    realnvp_image,
-)
+from pyroflows.distributions.images import dequantizer, glow, realnvp_image
 from pyroflows.distributions.manifolds import ncsf, sphere, uniform_angles, von_mises_angles
 from pyroflows.distributions.mixture import Mixture, MixtureDistribution, mixture
 from pyroflows.distributions.monotone import bpf, gaussianization, naf, sospf, unaf
+from pyroflows.distributions.pixels import Dequantized, PixelDistribution, bits_per_dim, logit_interval
 from pyroflows.distributions.recipes import iaf, maf, nice, nsf, planar, radial, realnvp, sylvester
 
 __all__ = [
