@@ -4,9 +4,10 @@ from pyroflows.numerics.derivatives import gradients_with_graph
 from pyroflows.numerics.logistic import deep_sigmoid, logistic_mean, mixture_parameters, mixture_weights
 from pyroflows.numerics.means import elu_mean, leaky_relu_mean, normal_mean
 from pyroflows.numerics.modes import is_differentiated, is_plainly_eager
-from pyroflows.numerics.ode import Solution, Work, ode_solvers, ode_tolerances, solve
+from pyroflows.numerics.ode import Solution, ode_solvers, ode_tolerances, solve
 from pyroflows.numerics.piecewise import piecewise_cubic, piecewise_linear, piecewise_quadratic
 from pyroflows.numerics.quadrature import gauss_legendre, powers
+from pyroflows.numerics.record import Record, Work, open_records, recorded
 from pyroflows.numerics.reduce import matvec, sum_last
 from pyroflows.numerics.roots import Root, monotone_root
 from pyroflows.numerics.scales import bounded_log_scale, positive
@@ -22,6 +23,7 @@ from pyroflows.numerics.trace import (
 )
 
 __all__ = [
+    "Record",
     "Root",
     "Solution",
     "Trace",
@@ -48,12 +50,14 @@ __all__ = [
     "normal_mean",
     "ode_solvers",
     "ode_tolerances",
+    "open_records",
     "piecewise_cubic",
     "piecewise_linear",
     "piecewise_quadratic",
     "positive",
     "powers",
     "rational_quadratic",
+    "recorded",
     "solve",
     "sum_last",
     "total_derivative",

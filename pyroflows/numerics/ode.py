@@ -20,26 +20,12 @@ from pyroflows.errors import ODESolveError, OptionError, ShapeError
 from pyroflows.numerics.adjoint import differentiable_solution, numbered
 from pyroflows.numerics.borrowed import borrowed_solve, borrowed_solvers
 from pyroflows.numerics.modes import is_plainly_eager
+from pyroflows.numerics.record import Work, open_records
 from pyroflows.numerics.runge_kutta import TABLEAUS, Control, Round, Tableau, Velocity, adapt, failure, march
 
-__all__ = ["Solution", "Work", "ode_solvers", "ode_tolerances", "solve"]
+__all__ = ["Solution", "ode_solvers", "ode_tolerances", "solve"]
 
 GRADIENTS = ("adjoint", "checkpoint", "direct")
-
-
-@dataclass
-class Work:
-    """How many times a field was evaluated.
-
-    Attributes:
-        forward: for the solution. Where a gradient is to be recorded by "adjoint" or "checkpoint", one of them, of a
-            single row, looks for the tensors that the field depends on.
-        backward: for its gradient, each time with a vector-Jacobian product; 0 before ``backward()`` has run, and
-            with ``gradient="direct"``, which evaluates nothing again.
-    """
-
-    forward: int = 0
-    backward: int = 0
 
 
 class Solution(NamedTuple):
@@ -138,6 +124,9 @@ def solve(
     tableau = _find_solver(solver, gradient, steps, options)
     control = Control(*ode_tolerances(rtol, atol, given), max_nfe, state.shape[1], columns)
     work = Work()
+    for record in open_records():
+        if len(state):
+            record.count(work)
     problem = Problem(field, solver, tableau, control, steps or 20, dict(options or {}), given, work, _autocast(state))
     state, carried = state.to(dtype), tuple(carried)
     start, end = (float(t.detach()) if isinstance(t, Tensor) else float(t) for t in (t0, t1))
