@@ -85,9 +85,19 @@ class PotentialGradient(Velocity):
         return self._run(t, x, context, divergence=False)[0]
 
     def with_divergence(self, t: Tensor | float, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        return self._run(t, x, context, divergence=True)
+        return self._run(t, x, context, divergence=True)[:2]
 
-    def _run(self, t: Tensor | float, x: Tensor, context: Tensor | None, *, divergence: bool) -> tuple[Tensor, Tensor]:
+    def potential_by_time(self, t: Tensor | float, x: Tensor, context: Tensor | None = None) -> Tensor:
+        r"""How fast the potential changes at a point: :math:`\partial_t \Phi`, ``[*batch]``, at least float32.
+
+        Along straight lines at constant speed, as those of optimal transport are, it is :math:`|\nabla \Phi|^2 / 2` but
+        for a function of time alone (the equation of Hamilton, Jacobi and Bellman).
+        """
+        return self._run(t, x, context, divergence=False)[2]
+
+    def _run(
+        self, t: Tensor | float, x: Tensor, context: Tensor | None, *, divergence: bool
+    ) -> tuple[Tensor, Tensor, Tensor]:
         self._check(t, x, context)
         dtype = torch.promote_types(x.dtype, torch.float32)
         first, square, last = (each.to(dtype) for each in (self.first, self.quadratic, self.readout[0]))
@@ -108,10 +118,12 @@ class PotentialGradient(Velocity):
         worth = [last]
         for (weight, _), slope in zip(reversed(others), reversed(slopes), strict=False):
             worth.insert(0, worth[0] + step * ((worth[0] * slope) @ weight))
-        gradient = (worth[0] * slopes[0]) @ first + (linear(near, square) + offset) @ square + self.slant.to(dtype)
+        pull, height = worth[0] * slopes[0], linear(near, square) + offset
+        gradient = pull @ first + height @ square + self.slant.to(dtype)
         value = -gradient.to(x.dtype)
         if not divergence:
-            return value, value
+            rates = self.steering.time_weight.to(dtype).split(self.steering.sizes)
+            return value, value, sum_last(pull * rates[0]) + sum_last(height * rates[1])
         curvature = (1 - slopes[0].square()) * worth[0] * first.square().sum(-1)
         moves = first.mT * slopes[0].unsqueeze(-2)  # row d: how the hidden layer moves with coordinate d
         for (weight, _), slope, each in zip(others, slopes[1:], worth[1:], strict=True):
@@ -119,7 +131,7 @@ class PotentialGradient(Velocity):
             curvature = curvature + step * (1 - slope.square()) * each * moved.square().sum(-2)
             moves = moves + step * moved * slope.unsqueeze(-2)
         held = (near == x) * square.square().sum(0)  # beyond reach the quadratic part is constant
-        return value, -(sum_last(curvature) + sum_last(held))
+        return value, -(sum_last(curvature) + sum_last(held)), value
 
 
 def _log_two_cosh(z: Tensor) -> Tensor:

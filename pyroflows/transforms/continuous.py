@@ -16,8 +16,18 @@ from torch import Tensor, nn
 
 from pyroflows.errors import OptionError
 from pyroflows.nets import PotentialGradient, Velocity, VelocityMLP, as_velocity
-from pyroflows.numerics import Trace, deflate, draw_probes, hutchinson, ode_tolerances, positive, solve
+from pyroflows.numerics import (
+    Trace,
+    deflate,
+    draw_probes,
+    hutchinson,
+    ode_tolerances,
+    open_records,
+    positive,
+    solve,
+)
 from pyroflows.transforms.base import FlowTransform, with_variants
+from pyroflows.transforms.regularizers import checked_weights, gathered, integrand
 from pyroflows.transforms.replaced import call_with
 
 __all__ = ["ContinuousTransform", "Flowed", "continuous"]
@@ -56,6 +66,21 @@ class ContinuousTransform(FlowTransform):
     itself, so its result does not depend on the rows beside it; ``rtol`` and ``atol`` bound the estimated error of each
     of its steps, in every coordinate and in the log-det. An error at the end can be a few times larger.
 
+    Regularisers keep the way straight and the steps few. They are integrals along it, found in the same solve:
+
+    ================ ==================================================== =================================
+    ``kinetic``      :math:`\int_0^T |v|^2\, dt`                          arXiv:2002.02798
+    ``jacobian``     :math:`\int_0^T \|\partial v / \partial z\|_F^2\, dt` the same; from the probes of the estimate
+    ``acceleration`` :math:`\int_0^T |\ddot z|^2\, dt`                    arXiv:2007.04504, of order two
+    ``hjb``          :math:`\int_0^T |\partial_t \Phi - |v|^2 / 2|\, dt`   arXiv:2006.00104; of a `PotentialGradient`
+    ================ ==================================================== =================================
+
+    In training mode, a solve inside of `pyroflows.recorded` gives them to the record: their mean over the rows, in
+    ``record.penalties``, and their weighted sum, in ``record.penalty()``. `pyroflows.fit` adds that to its loss. In a
+    loop of your own add it yourself; in a guide, ``pyro.factor("path", record.penalty(), has_rsample=True)`` does, and
+    in a model its negative. Elsewhere they cost nothing. They do not steer the steps: they change no density, and their
+    own error is not bounded by the tolerances.
+
     Args:
         velocity: a `Velocity`, or a module ``net(t, x)`` or ``net(t, x, context)``; see `as_velocity`.
         input_dim: the number of coordinates.
@@ -77,6 +102,7 @@ class ContinuousTransform(FlowTransform):
         gradient: ``"adjoint"`` keeps nothing of the way and solves backwards, ``"checkpoint"`` keeps the accepted
             steps, ``"direct"`` keeps all; see `pyroflows.numerics.solve`.
         solver_options: passed on to a solver of torchdiffeq.
+        regularize: the weights of regularisers, by name.
 
     Raises:
         OptionError: an option has a value that it cannot take, or the velocity has other widths.
@@ -86,6 +112,13 @@ class ContinuousTransform(FlowTransform):
         >>> y, log_det = layer.forward_and_log_det(torch.ones(5, 2))
         >>> torch.allclose(layer.inv(y), torch.ones(5, 2), atol=1e-4)
         True
+        >>> layer = continuous(2, hidden_dims=(8, 8), regularize={"kinetic": 0.01, "jacobian": 0.01})
+        >>> flow = pyroflows.Flow(layer, pyroflows.distributions.standard_normal(2))
+        >>> with pyroflows.recorded() as record:
+        ...     loss = -flow().log_prob(torch.ones(5, 2)).mean()
+        >>> (loss + record.penalty()).backward()
+        >>> sorted(record.penalties), record.nfe_forward > 0, record.nfe_backward > 0
+        (['jacobian', 'kinetic'], True, True)
     """
 
     inverse = "numeric"
@@ -114,6 +147,7 @@ class ContinuousTransform(FlowTransform):
         max_nfe: int = 5000,
         gradient: Literal["adjoint", "checkpoint", "direct"] = "adjoint",
         solver_options: Mapping[str, Any] | None = None,
+        regularize: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__(context_dim)
         if divergence not in ("exact", "hutchinson", "hutch++"):
@@ -128,6 +162,7 @@ class ContinuousTransform(FlowTransform):
         self.input_dim = input_dim
         self.velocity: Velocity = as_velocity(velocity, input_dim, context_dim)
         self.divergence, self.probes, self.noise = divergence, probes, noise
+        self.regularize = checked_weights(regularize or {}, self.velocity)
         self.log_det = "exact" if divergence == "exact" else "estimate"
         self.end = float(end_time)
         self.raw_time = nn.Parameter(torch.zeros(())) if learn_end_time else None
@@ -200,7 +235,10 @@ class ContinuousTransform(FlowTransform):
             context = context.expand(*batch, self.context_dim).reshape(-1, self.context_dim)
             carried.append(context)
         ends = (self.end_time, 0.0) if backwards else (0.0, self.end_time)
-        probes = self._draw(rows, ends[0], context)
+        records = open_records() if self.training and len(rows) else ()
+        regularizers = tuple(self.regularize) if records else ()
+        estimated = self.divergence != "exact" and (self.training or self.input_dim > AFFORDABLE)
+        probes = self._draw(rows, ends[0], context) if estimated or "jacobian" in regularizers else None
         if probes is not None:
             carried.append(probes.movedim(0, 1))
 
@@ -209,28 +247,30 @@ class ContinuousTransform(FlowTransform):
             given = iter(carried)
             at = next(given) if context is not None else None
             noise = next(given, None)
-            trace = evaluate(t.to(value.dtype), x, at, None if noise is None else noise.movedim(1, 0))
-            samples = trace.divergence.unsqueeze(0)
-            if trace.samples is not None:
-                known, guessed = trace.samples.tensor_split([self._directions])
-                samples = known.sum(0) + guessed
-            return torch.cat([trace.value, samples.mT], -1).to(state.dtype)
+            noise = None if noise is None else noise.movedim(1, 0)
+            return evaluate(t.to(value.dtype), x, at, noise, estimated, regularizers).to(state.dtype)
 
-        log_dets = 1 if probes is None else self.probes - self._directions
+        log_dets = self.probes - self._directions if estimated else 1
+        width = self.input_dim + log_dets
         dtype = _at_least_float32(value)
-        state = torch.cat([rows.to(dtype), rows.new_zeros(len(rows), log_dets, dtype=dtype)], -1)
+        state = torch.cat([rows.to(dtype), rows.new_zeros(len(rows), log_dets + len(regularizers), dtype=dtype)], -1)
         rtol, atol = self.tolerances[self.training]
-        settings = self.settings if fixed else {**self.settings, "gradient": "direct"}
-        found = solve(field, state, *ends, rtol=rtol, atol=atol, carried=carried, parameters=tensors, **settings)
-        state = found.state.reshape(*batch, self.input_dim + log_dets)
+        settings = {**self.settings, "rtol": rtol, "atol": atol, "controlled": width}
+        if not fixed:
+            settings["gradient"] = "direct"
+        found = solve(field, state, *ends, carried=carried, parameters=tensors, **settings)
+        for name, integral in zip(regularizers, found.state[:, width:].unbind(-1), strict=True):
+            for record in records:
+                record.add(name, self.regularize[name], -integral.mean() if backwards else integral.mean())
+        state = found.state[:, :width].reshape(*batch, width)
         samples = state[..., self.input_dim :]
         log_det, error = samples.mean(-1), torch.zeros(batch, dtype=dtype, device=value.device)
-        if probes is not None:
+        if estimated:
             error = samples.detach().std(-1) / log_dets**0.5 if log_dets > 1 else error + float("inf")
         return Flowed(state[..., : self.input_dim].to(value.dtype), log_det, error, found.nfe)
 
-    def _as_it_is_now(self) -> tuple[Callable[..., Trace], list[Tensor], bool]:
-        """The velocity at its present tensors, those that need gradients, and whether they are the same every time.
+    def _as_it_is_now(self) -> tuple[Callable[..., Tensor], list[Tensor], bool]:
+        """What a solve follows at the velocity's present tensors, those that need gradients, and whether they stay.
 
         A gradient that evaluates the velocity again has to find the tensors of the forward pass, though another set
         may have been put in its place for the while (``torch.func.functional_call``). Weights that Pyro samples when
@@ -238,25 +278,23 @@ class ContinuousTransform(FlowTransform):
         """
         then = dict(itertools.chain(self.velocity.named_parameters(), self.velocity.named_buffers()))
 
-        def evaluate(*arguments: Any) -> Trace:
+        def evaluate(*arguments: Any) -> Tensor:
             now = itertools.chain(self.velocity.parameters(), self.velocity.buffers())
             if all(a is b for a, b in zip(then.values(), now, strict=True)):
-                return self._trace(*arguments)
+                return self._change(*arguments)
             replaced = {f"velocity.{name}": tensor for name, tensor in then.items()}
-            return call_with(self, replaced, self._trace, *arguments)
+            return call_with(self, replaced, self._change, *arguments)
 
         fixed = not any(getattr(module, "_pyro_samples", None) for module in self.velocity.modules())
         return evaluate, [tensor for tensor in then.values() if tensor.requires_grad], fixed
 
-    def _draw(self, rows: Tensor, t: Tensor | float, context: Tensor | None) -> Tensor | None:
-        """The probes of a solve ``[n, rows, D]``; none where the divergence is exact.
+    def _draw(self, rows: Tensor, t: Tensor | float, context: Tensor | None) -> Tensor:
+        """The probes of a solve ``[n, rows, D]``.
 
         For Hutch++ the first half becomes an orthonormal basis of what the Jacobian makes of them where the solve
         starts, and the others what is left of them beside it. Any basis gives an unbiased estimate (Meyer et al. 2021,
         arXiv:2010.09649), and one that stays for the whole solve gives a smooth one.
         """
-        if self.divergence == "exact" or (not self.training and self.input_dim <= AFFORDABLE):
-            return None
         if self.training:
             probes = draw_probes(rows, self.probes, self.noise)
         else:
@@ -273,10 +311,25 @@ class ContinuousTransform(FlowTransform):
         """How many of the probes Hutch++ spends on directions."""
         return min(self.probes // 2, self.input_dim) if self.divergence == "hutch++" else 0
 
-    def _trace(self, t: Tensor | float, x: Tensor, context: Tensor | None, probes: Tensor | None) -> Trace:
+    def _change(
+        self,
+        t: Tensor | float,
+        x: Tensor,
+        context: Tensor | None,
+        probes: Tensor | None,
+        estimated: bool,
+        regularizers: tuple[str, ...],
+    ) -> Tensor:
+        """The velocity, what each sample of the log-det gains, and the integrand of each regulariser."""
         if probes is None:
-            return Trace(*self.velocity.with_divergence(t, x, context))
-        return hutchinson(lambda x: self.velocity(t, x, context), x, probes)
+            trace = Trace(*self.velocity.with_divergence(t, x, context))
+        elif estimated:
+            trace = hutchinson(lambda x: self.velocity(t, x, context), x, probes)
+        else:
+            trace = self.velocity.trace(t, x, context, probes)
+        samples = gathered(trace.samples, self._directions) if estimated else trace.divergence.unsqueeze(0)
+        terms = [integrand(name, trace, self._directions, self.velocity, t, x, context) for name in regularizers]
+        return torch.cat([trace.value, samples.mT, *(term.unsqueeze(-1) for term in terms)], -1)
 
 
 def _at_least_float32(value: Tensor) -> torch.dtype:
