@@ -1,15 +1,8 @@
 """Layers: bijections with parameters, real Pyro transforms, one file a family."""
 
-from pyroflows.transforms.base import (
-    Compose,
-    Conditioned,
-    FlowTransform,
-    Inverse,
-    Reshaped,
-    Wrapped,
-    with_variants,
-)
+from pyroflows.transforms.base import Conditioned, FlowTransform, Inverse, with_variants
 from pyroflows.transforms.block import BlockAutoregressive
+from pyroflows.transforms.compose import Compose, Reshaped, Wrapped
 from pyroflows.transforms.conditional import (
     conditional_affine_autoregressive,
     conditional_affine_coupling,

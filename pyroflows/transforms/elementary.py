@@ -54,7 +54,7 @@ from torch.distributions.transforms import (
 )
 
 from pyroflows.errors import OptionError, ShapeError
-from pyroflows.transforms.base import Compose
+from pyroflows.transforms.compose import Compose
 
 __all__ = [
     "AbsTransform",

@@ -15,7 +15,8 @@ from torch import Tensor
 from pyroflows.errors import OptionError
 from pyroflows.nets import CNN, Activation
 from pyroflows.numerics import sum_last
-from pyroflows.transforms.base import Compose, FlowTransform, with_variants
+from pyroflows.transforms.base import FlowTransform, with_variants
+from pyroflows.transforms.compose import Compose
 from pyroflows.transforms.images import Haar, ImageTransform, Shape, Squeeze, image_shape, with_input_dims
 from pyroflows.transforms.maps import UnivariateMap
 from pyroflows.transforms.products import univariate_map

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 from pyroflows.errors import OptionError
-from pyroflows.transforms.base import FlowTransform, Reshaped, with_variants
+from pyroflows.transforms.base import FlowTransform, with_variants
 from pyroflows.transforms.block import BlockAutoregressive
+from pyroflows.transforms.compose import Reshaped
 from pyroflows.transforms.dropin import ClippedAffine, Spline
 from pyroflows.transforms.dropin_coupling import SplineCoupling
 from pyroflows.transforms.lemma import Planar, Radial, Sylvester
