@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from pyroflows.errors import OptionError, ShapeError
-from pyroflows.nets import MADE, MLP
+from pyroflows.nets import MADE, MLP, masked
 
 few = settings(max_examples=40, deadline=None, derandomize=True)
 
@@ -134,27 +134,69 @@ def test_masks_are_buffers():
     assert sum(name.endswith("mask") for name, _ in net.named_buffers()) == 3
 
 
+def plainly(net):
+    """The same network, whose layers somebody listens to, so that they are called one by one."""
+    for layer in net.layers:
+        layer.register_forward_hook(lambda *_: None)
+        layer._blocks = [], []
+    return net
+
+
+def results(net, x, context, leaves):
+    """The output, and first and second derivatives, the first ones with and without a graph."""
+    out = net(x, context)
+    first = torch.autograd.grad(out.sin().sum(), leaves, create_graph=True)
+    second = torch.autograd.grad(sum(g.cos().sum() for g in first), leaves)
+    plain = torch.autograd.grad(net(x, context).sin().sum(), leaves)
+    return [out, *first, *second, *plain]
+
+
 @pytest.mark.parametrize("order", [None, list(range(40, -1, -1))])
 @pytest.mark.parametrize("frozen", ["nothing", "x", "weights"])
-def test_large_masked_products_go_by_blocks_and_stay_the_same(order, frozen):
-    net = MADE(41, 23, order=order, hidden_dims=(128, 128), activation="tanh").double()
-    assert [len(layer._blocks) for layer in net.layers] == [0, 4, 8]
-    x = torch.randn(3, 100, 41, dtype=torch.float64, requires_grad=frozen != "x")
+@pytest.mark.parametrize("activation", ["relu", "tanh"])
+def test_large_masked_products_go_by_blocks_and_stay_the_same(order, frozen, activation):
+    net = MADE(41, 6, order=order, hidden_dims=(192, 192), activation=activation).double()
+    assert [len(layer._blocks[0]) for layer in net.layers] == [3, 3, 4]
+    x = torch.randn(3, 200, 41, dtype=torch.float64, requires_grad=frozen != "x")
     net.requires_grad_(frozen != "weights")
     leaves = [t for t in (x, *net.parameters()) if t.requires_grad]
-    found = []
-    for blocks in (True, False):
-        for layer in net.layers:
-            layer._blocks = layer._blocks if blocks else []
-        out = net(x)
-        graph = str(layer(torch.ones(300, 128, dtype=torch.float64).requires_grad_()).grad_fn.next_functions)
-        assert ("_ByBlocks" in graph) == blocks
-        first = torch.autograd.grad(out.sin().sum(), leaves, create_graph=True)
-        second = torch.autograd.grad(sum(g.cos().sum() for g in first), leaves)
-        plain = torch.autograd.grad(net(x).sin().sum(), leaves)
-        found.append([out, *first, *second, *plain])
-    for a, b in zip(*found, strict=True):
+    blocks = masked._by_blocks(x.flatten(0, 1), net.layers[1].weight, net.layers[1]._blocks[0])
+    assert blocks
+    got = results(net, x, None, leaves)
+    for a, b in zip(got, results(plainly(net), x, None, leaves), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("context_dim", [0, 2])
+def test_a_chain_of_relus_in_one_step_is_that_of_its_layers(columns, context_dim):
+    net = MADE(3, 4, hidden_dims=(16, 8), context_dim=context_dim).double()
+    with torch.no_grad():
+        for p in net.parameters():
+            p.normal_()
+    net.columns = columns
+    x = torch.randn(7, 3, dtype=torch.float64, requires_grad=True)
+    context = torch.randn(7, 2, dtype=torch.float64, requires_grad=True) if context_dim else None
+    leaves = [t for t in (x, context, *net.parameters()) if t is not None]
+    got = results(net, x, context, leaves)
+    assert (got[0].stride(0) == 1) == columns
+    for some in (x, x[:0], x[0], x.expand(2, 7, 3)):
+        some_context = context if context is None or (some.dim() > 1 and len(some)) else context[0]
+        assert net(some, some_context).shape == (*some.shape, 4)
+    for a, b in zip(got, results(plainly(net), x, context, leaves), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-9)
+
+
+def test_layers_that_were_changed_or_are_listened_to_are_called():
+    net, x, seen = MLP(2, 3, hidden_dims=(4,)), torch.randn(5, 2), []
+    before = net(x)
+    handle = net.activation.register_forward_hook(lambda module, args, out: seen.append(out))
+    torch.testing.assert_close(net(x), before)
+    assert [out.shape for out in seen] == [(5, 4)]
+    handle.remove()
+    nn.utils.parametrizations.weight_norm(net.layers[0])
+    net(x).sum().backward()
+    assert all(p.grad is not None for p in net.parameters())
 
 
 def test_large_masked_products_take_batches_of_gradients_and_the_meta_device():

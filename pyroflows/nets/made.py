@@ -213,7 +213,7 @@ class MADE(MLP):
         """The masked weights, inputs and outputs in turn: those of each layer but the last, then the last's
         ``[input_dim, params, units]``, and its bias.
         """
-        weights = [layer.masked_weight() for layer in self.layers]  # type: ignore[operator]
+        weights = [layer.link().masked for layer in self.layers]  # type: ignore[operator]
         weights[0] = weights[0].unflatten(1, (-1, self.width)).index_select(1, self.turn).flatten(1)
         last = weights.pop().unflatten(0, (-1, self.params)).index_select(0, self.turn)
         bias = self.layers[-1].bias.unflatten(0, (-1, self.params)).index_select(0, self.turn)  # type: ignore[operator]

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.nn.functional import hardtanh, linear
 
 from pyroflows.errors import OptionError, ShapeError
-from pyroflows.nets.masked import Block, blocks_of, masked_linear
+from pyroflows.nets.masked import Block, Link, affine, blocks_of, chain
 
 __all__ = ["MLP", "Activation", "activation_module"]
 
@@ -77,7 +77,7 @@ class _Linear(nn.Module):
     """An affine map of the input, of the context, or of both; masked where a mask is given."""
 
     mask: Tensor | None
-    _blocks: list[Block]
+    _blocks: tuple[list[Block], list[Block]]
 
     def __init__(self, inputs: int, outputs: int, context_dim: int = 0, mask: Tensor | None = None) -> None:
         super().__init__()
@@ -87,26 +87,28 @@ class _Linear(nn.Module):
         self.bias = nn.Parameter(torch.empty(outputs))
         for parameter in self.parameters():
             nn.init.uniform_(parameter, -1 / math.sqrt(fan_in), 1 / math.sqrt(fan_in))
-        mask = mask if inputs else None
-        self._blocks = [] if mask is None else blocks_of(mask)
+        mask = None if mask is None or not inputs or bool(mask.all()) else mask
+        self._blocks = ([], []) if mask is None else (blocks_of(mask), blocks_of(mask.mT))
         # A product with numbers is many times as fast as a choice by booleans.
         self.register_buffer("mask", None if mask is None else mask.to(self.bias), persistent=False)
 
-    def masked_weight(self) -> Tensor:
-        """The weight of the input, zero where the mask is."""
-        weight: Tensor = self.weight  # type: ignore[assignment]
-        return weight if self.mask is None else weight * self.mask
+    def link(self) -> Link:
+        """What it does with its input."""
+        return Link(self.weight, self.mask, self.bias, self._blocks)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor | None, context: Tensor | None = None) -> Tensor:
         out: Tensor = self.bias
-        weight, mask = self.weight, self.mask
-        if x is not None and mask is not None:
-            out = masked_linear(x, weight, mask, out, self._blocks)  # type: ignore[arg-type]
-        elif x is not None:
-            out = out.expand(*x.shape[:-1], -1) if weight is None else linear(x, weight, out)
+        if x is not None:
+            out = out.expand(*x.shape[:-1], -1) if self.weight is None else affine(x, self.link())
         if context is not None and self.context_weight is not None:
             out = out + linear(context, self.context_weight)
         return out
+
+
+def _unwatched(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call does what its class says, and nobody has asked to be told of it."""
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return type(module) is kind and not any(hooks)
 
 
 class MLP(nn.Module):
@@ -126,6 +128,9 @@ class MLP(nn.Module):
         residual: add each hidden layer's input to its output; all hidden widths must then be equal.
         masks: which weights exist, one boolean ``[out, in]`` tensor a layer; default all.
 
+    Attributes:
+        columns: whether the rows of one output may lie side by side in memory, for a reader who works faster on these.
+
     Raises:
         OptionError: a width is not positive, or ``residual`` with unequal hidden widths.
 
@@ -133,6 +138,8 @@ class MLP(nn.Module):
         >>> MLP(2, 6, hidden_dims=(8,), context_dim=3)(torch.zeros(5, 2), torch.zeros(5, 3)).shape
         torch.Size([5, 6])
     """
+
+    columns = False
 
     def __init__(
         self,
@@ -176,9 +183,22 @@ class MLP(nn.Module):
             if (0 if tensor is None else tensor.shape[-1]) != width:
                 got = "none" if tensor is None else f"shape {tuple(tensor.shape)}"
                 raise ShapeError(f"expected {name} of width {width}, got {got}.")
+        x, context = (None if value is None else within_reach(value) for value in (x, context))
+        alike = context is None or (x is not None and x.dim() == 2 and context.shape[:-1] == x.shape[:-1])
+        if x is not None and alike and self._rectifies():
+            links = [layer.link() for layer in self.layers]  # type: ignore[operator]
+            if context is not None:
+                first = self.layers[0]
+                links[0] = links[0]._replace(bias=linear(context, first.context_weight, first.bias))  # type: ignore[arg-type]
+            return chain(x, links, self.columns)
         first, *others = self.layers
-        hidden = first(None if x is None else within_reach(x), None if context is None else within_reach(context))
+        hidden = first(x, context)
         for layer in others:
             new = layer(self.activation(hidden))
             hidden = hidden + new if self.residual and layer is not others[-1] else new
         return hidden
+
+    def _rectifies(self) -> bool:
+        """Whether the layers are affine maps with nothing but a relu between them."""
+        bare = _unwatched(self.activation, nn.ReLU) and all(_unwatched(layer, _Linear) for layer in self.layers)
+        return bare and not self.residual
