@@ -28,11 +28,13 @@ class UnivariateMap(ABC):
         inverse: ``"closed"``, or ``"numeric"`` for a map that derives from `NumericMap`.
         joint: whether a coordinate's image depends on the parameters of the others too; `Autoregressive`, which finds
             one coordinate at a time, refuses such a map.
+        columns: whether it is faster where the rows of one parameter lie side by side in memory.
     """
 
     params: int
     inverse: Literal["closed", "numeric"] = "closed"
     joint: bool = False
+    columns: bool = False
     vmaps: bool = True
     compiles: bool = True
 

@@ -150,19 +150,19 @@ class DeepSigmoid(_Mean):
         if activation not in SCALES:
             raise OptionError(f"activation must be one of {', '.join(SCALES)}, got {activation!r}.")
         super().__init__(SCALES[activation], hidden_units, depth)
-        self.activation = activation
+        self.activation, self.columns = activation, activation == "sigmoid"
 
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """The mean and its log-slope."""
         if self.activation != "sigmoid":
             return super().forward(x, params)
         dtype = torch.promote_types(x.dtype, torch.float32)
-        y, total, params = x.to(dtype), torch.zeros((), dtype=dtype, device=x.device), params.to(dtype)
+        y, params, log_slopes = x.to(dtype), params.to(dtype), []
         offsets = params.new_tensor(self.offsets)
-        for raw in params.split(3 * self.terms, -1):
+        for raw in params.split(3 * self.terms, -1) if self.depth > 1 else [params]:
             y, log_slope = deep_sigmoid(y, raw, self.slope, offsets)
-            total = total + log_slope
-        return y.to(x.dtype), total
+            log_slopes.append(log_slope)
+        return y.to(x.dtype), sum(log_slopes[1:], start=log_slopes[0])
 
 
 class DenseSigmoid(NumericMap):

@@ -170,6 +170,8 @@ class Coupling(_Mapped):
             activation=activation,
             residual=residual,
         )
+        if net is None:
+            self.net.columns = map.columns  # type: ignore[assignment]
 
     kept: Tensor
     moved: Tensor
@@ -256,6 +258,8 @@ class Autoregressive(_Mapped):
             activation=activation,
             residual=residual,
         )
+        if net is None:
+            self.net.columns = map.columns  # type: ignore[assignment]
         ranks = range(input_dim) if order is None else order
         turn = torch.tensor(sorted(range(input_dim), key=ranks.__getitem__))
         self.register_buffer("turn", self.net.turn if isinstance(self.net, MADE) else turn)
