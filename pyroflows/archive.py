@@ -6,16 +6,14 @@ that only for as much work and memory as the size of the file bears out.
 
 from __future__ import annotations
 
-import hashlib
 import inspect as introspection
 import json
 import math
 import os
-import re
 import secrets
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,92 +29,14 @@ from pyroflows import __version__, plugins
 from pyroflows.errors import (
     ArchiveCorrupt,
     ArchiveMismatch,
-    ArchiveTooNew,
     NotRebuildable,
     PluginError,
     UnknownPlugin,
     UntrustedFile,
 )
+from pyroflows.manifest import FORMAT, KEY, ROOM, Manifest, line, parse, plain
 
-__all__ = ["Manifest", "import_param_store", "inspect", "load", "save"]
-
-_KEY, _FORMAT = "pyroflows", 1
-_ROOM = 2**20  # how long a manifest, and how large a number in it, may be however small the file
-
-
-@dataclass(frozen=True)
-class Manifest:
-    """What a file says about the object in it.
-
-    Attributes:
-        group: the entry-point group of the factory that builds it.
-        name: the factory's registered name.
-        distribution: the package that registers the name.
-        version: that package's version.
-        input_dim: the number of dimensions, or the shape of an image.
-        context_dim: the number of context dimensions, 0 for none.
-        options: the factory's other options, with its defaults of the time.
-        support: where the data live, as ``support_description`` puts it.
-        training: whether the object was in training mode.
-        frozen: the parameters that require no gradient.
-        pyroflows: the version of pyroflows that wrote the file.
-        torch: the version of torch that wrote it.
-        format: the version of the format.
-        sha256: the checksum of all this and of the tensors.
-    """
-
-    group: str
-    name: str
-    distribution: str
-    version: str
-    input_dim: int | tuple[int, ...]
-    context_dim: int
-    options: Mapping[str, Any]
-    support: Any
-    training: bool
-    frozen: tuple[str, ...]
-    pyroflows: str
-    torch: str
-    format: int
-    sha256: str
-
-    def __post_init__(self) -> None:
-        words = ("name", "distribution", "version", "pyroflows", "torch")
-        sizes = (*self.shape, self.context_dim)
-        sound = {
-            "group": self.group in plugins.GROUPS[:2],
-            **{word: _is_word(getattr(self, word)) for word in words},
-            "input_dim or context_dim": all(type(size) is int and size >= 0 for size in sizes),
-            "options": isinstance(self.options, dict) and _plain(self.options),
-            "support": _plain(self.support),
-            "training": isinstance(self.training, bool),
-            "frozen": isinstance(self.frozen, tuple) and all(isinstance(name, str) for name in self.frozen),
-            "format": type(self.format) is int and self.format == _FORMAT,
-            "sha256": isinstance(self.sha256, str),
-        }
-        if wrong := [name for name, fine in sound.items() if not fine]:
-            raise ValueError(f"{wrong[0]} is of the wrong kind")
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """``input_dim`` as a shape."""
-        return self.input_dim if isinstance(self.input_dim, tuple) else (self.input_dim,)
-
-    @property
-    def address(self) -> str:
-        """``package:name``, which names one factory whatever else is installed."""
-        return f"{self.distribution}:{self.name}"
-
-    def __str__(self) -> str:
-        return f'"{self.name}" of {self.distribution} {self.version}'
-
-    def digest(self, tensors: Mapping[str, Tensor]) -> str:
-        """The checksum that belongs into ``sha256``; the order of the tensors does not matter."""
-        digest = hashlib.sha256(json.dumps({**asdict(self), "sha256": ""}, sort_keys=True).encode())
-        for name, tensor in sorted(tensors.items()):
-            digest.update(json.dumps([name, str(tensor.dtype), tensor.shape]).encode())
-            digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-        return digest.hexdigest()
+__all__ = ["import_param_store", "inspect", "load", "save"]
 
 
 def save(obj: Any, path: str | os.PathLike[str], *, overwrite: bool = True) -> None:
@@ -176,7 +96,7 @@ def load(path: str | os.PathLike[str], *, device: torch.device | str | None = No
         OSError: the file cannot be read.
     """
     with _reading(path) as file:
-        manifest = _parse(file.metadata(), path)
+        manifest = parse(file.metadata(), path)
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (no dict)
     if manifest.digest(tensors) != manifest.sha256:
         raise ArchiveCorrupt(f"{path} is damaged: its checksum does not fit. Get or save the file again.")
@@ -196,7 +116,7 @@ def inspect(path: str | os.PathLike[str]) -> Manifest:
         OSError: the file cannot be read.
     """
     with _reading(path) as file:
-        return _parse(file.metadata(), path)
+        return parse(file.metadata(), path)
 
 
 def import_param_store(path: str | os.PathLike[str], *, trust: bool = False) -> dict[str, Tensor]:
@@ -226,7 +146,7 @@ def import_param_store(path: str | os.PathLike[str], *, trust: bool = False) -> 
     except OSError:
         raise
     except Exception as error:
-        raise ArchiveCorrupt(f"{path} holds no param store of Pyro: {_line(error)}.") from error
+        raise ArchiveCorrupt(f"{path} holds no param store of Pyro: {line(error)}.") from error
 
 
 # --- writing ---------------------------------------------------------------------------------------------
@@ -258,22 +178,22 @@ def _pack(obj: Any) -> bytes:
             frozen=tuple(name for name, tensor in state.items() if _frozen(tensor)),
             pyroflows=__version__,
             torch=str(torch.__version__),
-            format=_FORMAT,
+            format=FORMAT,
             sha256="",
         )
         text = json.dumps(asdict(replace(manifest, sha256=manifest.digest(tensors))))
         # Whatever is saved can be loaded, because saving does it: what comes back is compared with what went in.
-        again = _modules(_build(_parse({_KEY: text}, kind), tensors, kind))
+        again = _modules(_build(parse({KEY: text}, kind), tensors, kind))
         for name, type_name in _modules(obj).items():
             if again.get(name) != type_name:
                 raise ArchiveMismatch(f"{name or kind} is a {type_name}, not a {again.get(name)}.")
-        return to_bytes(tensors, {_KEY: text})
+        return to_bytes(tensors, {KEY: text})
     except PluginError:
         raise
     except Exception as error:
         raise NotRebuildable(
             f"this {kind} is not what its name and options build, so no file can say how to build it again: "
-            f"register what you changed as a plugin, or keep its state_dict() yourself. {_line(error)}."
+            f"register what you changed as a plugin, or keep its state_dict() yourself. {line(error)}."
         ) from error
 
 
@@ -283,7 +203,7 @@ def _options(obj: Any, config: plugins.Config) -> dict[str, Any]:
     factory = plugins.get(config.group, config.address)
     with suppress(TypeError, ValueError):  # no signature to read
         for name, parameter in [*introspection.signature(factory).parameters.items()][1:]:
-            if name != "context_dim" and _plain(parameter.default, _ROOM):
+            if name != "context_dim" and plain(parameter.default, ROOM):
                 options.setdefault(name, parameter.default)
     if hasattr(obj, "support_description"):  # which tells it better: it also knows flow.constrain(...)
         options.pop("support", None)
@@ -292,7 +212,7 @@ def _options(obj: Any, config: plugins.Config) -> dict[str, Any]:
 
 def _check_options(options: Mapping[str, Any]) -> None:
     for name, value in options.items():
-        if not _plain(value):
+        if not plain(value):
             hint = "pass finite numbers, strings, or lists of them"
             if hasattr(value, "tolist"):
                 hint = "pass its .tolist()"
@@ -317,62 +237,9 @@ def _reading(path: str | os.PathLike[str]) -> Iterator[Any]:
             yield file
     except SafetensorError as error:
         raise ArchiveCorrupt(
-            f"{path} is no pyroflows archive, or is damaged: {_line(error)}. (A file of Pyro's param store is read "
+            f"{path} is no pyroflows archive, or is damaged: {line(error)}. (A file of Pyro's param store is read "
             "by pyroflows.archive.import_param_store.)"
         ) from error
-
-
-def _parse(metadata: Mapping[str, str] | None, path: Any) -> Manifest:
-    text = (metadata or {}).get(_KEY)
-    if text is None:
-        raise ArchiveCorrupt(f"{path} is a safetensors file, but not one that pyroflows.save wrote.")
-    try:
-        if len(text) > _ROOM:
-            raise ValueError(f"it has {len(text)} characters")
-        fields = json.loads(text, object_pairs_hook=_unique)
-        newer = fields["format"] > _FORMAT
-        manifest = None if newer else Manifest(**{**_tuples(fields), "support": fields["support"]})
-    except (KeyError, TypeError, ValueError, RecursionError) as error:
-        raise ArchiveCorrupt(f"{path} has a damaged manifest: {_line(error)}.") from error
-    if manifest is None:
-        raise ArchiveTooNew(
-            f"{path} is of format {fields['format']!r}, and pyroflows {__version__} reads up to format {_FORMAT}: "
-            "upgrade pyroflows."
-        )
-    return manifest
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    fields = dict(pairs)
-    if len(fields) < len(pairs):
-        raise ValueError("a key is there twice")
-    return fields
-
-
-def _tuples(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _tuples(item) for key, item in value.items()}
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def _is_word(value: Any) -> bool:
-    """Whether it is a name or version: no path, no address, nothing that a terminal would obey."""
-    return isinstance(value, str) and re.fullmatch(r"[\w.+!?-]*", value) is not None
-
-
-def _plain(value: Any, most: float = math.inf, depth: int = 16) -> bool:
-    """Whether a file can hold it: text, lists, dicts, finite numbers, and whole ones of at most ``most``."""
-    if isinstance(value, (dict, list, tuple)):
-        keys, items = (value.keys(), value.values()) if isinstance(value, dict) else ((), value)
-        return depth > 0 and all(isinstance(k, str) for k in keys) and all(_plain(i, most, depth - 1) for i in items)
-    if isinstance(value, float):
-        return math.isfinite(value)
-    return value is None or isinstance(value, str) or (isinstance(value, int) and abs(value) <= most)
-
-
-def _line(error: Exception) -> str:
-    """An error's text on one line; a file cannot have it print anything else."""
-    return "".join(c if c.isprintable() else "?" for c in " ".join(str(error).split()))[:400].rstrip(".")
 
 
 # --- rebuilding ------------------------------------------------------------------------------------------
@@ -386,7 +253,7 @@ class _Budget(TorchDispatchMode):
 
     def __init__(self, tensors: int, numbers: int) -> None:
         super().__init__()
-        self.operations, self.numbers = 2_000 + 100 * tensors, _ROOM // 4 + 64 * numbers
+        self.operations, self.numbers = 2_000 + 100 * tensors, ROOM // 4 + 64 * numbers
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -410,7 +277,7 @@ def _build(manifest: Manifest, tensors: Mapping[str, Tensor], path: Any) -> Any:
     """What the manifest describes, with the file's tensors in it."""
     numbers = sum(tensor.numel() for tensor in tensors.values())
     sizes = (math.prod(manifest.shape), manifest.context_dim, manifest.options, manifest.support)
-    if not _plain(sizes, max(_ROOM, numbers)):
+    if not plain(sizes, max(ROOM, numbers)):
         raise ArchiveMismatch(f"{path} asks for {manifest} with a number that no honest file of its size has.")
     _check_registered(manifest, path)
     options = {**manifest.options, "context_dim": manifest.context_dim}
@@ -425,7 +292,7 @@ def _build(manifest: Manifest, tensors: Mapping[str, Tensor], path: Any) -> Any:
     except Exception as error:
         here = {info.version for info in plugins.report(manifest.group) if info.address == manifest.address}
         also = "" if manifest.version in here else f" Installed is {', '.join(here)}, which may be why."
-        raise ArchiveMismatch(f"{path} holds what {manifest} does not build: {_line(error)}.{also}") from error
+        raise ArchiveMismatch(f"{path} holds what {manifest} does not build: {line(error)}.{also}") from error
     return obj
 
 

@@ -25,6 +25,7 @@ from torch.distributions.transforms import ExpTransform
 
 import pyroflows as pf
 from pyroflows import archive, errors, plugins
+from pyroflows.manifest import Manifest
 
 PACKAGE = Path(pf.__file__).parent
 FLOWS = [line.name for line in plugins.report("distributions") if line.status == "BUILT-IN"]
@@ -635,7 +636,7 @@ def test_the_page_about_saving_is_right(tmp_path):
     start = "import pyro, torch\nimport pyroflows as pf\npyro.param('scale', torch.ones(2))\n"
     start += "pyro.get_param_store().save('old_model.pt')\n"
     subprocess.run([sys.executable, "-c", start + "\n".join(blocks)], check=True, cwd=tmp_path, timeout=300)
-    for field in dataclasses.fields(archive.Manifest):
+    for field in dataclasses.fields(Manifest):
         assert f"`{field.name}`" in page
 
 
@@ -908,7 +909,7 @@ def test_S5_a_field_of_the_wrong_type_is_refused(small, changes):
     assert str(caught.value).isprintable()
 
 
-@pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(archive.Manifest)])
+@pytest.mark.parametrize("key", [field.name for field in dataclasses.fields(Manifest)])
 def test_S5_a_missing_field_is_refused(small, key):
     manifest, tensors = opened(small)
     del manifest[key]
