@@ -444,7 +444,7 @@ def test_adjoint_solves_only_rows_that_have_a_gradient():
         return torch.sin(y)
 
     y = torch.randn(50, 2, requires_grad=True)
-    out = solve(field, y, 0.0, 1.0).state
+    out = solve(field, y, 0.0, 1.0, gradient="adjoint").state
     rows.clear()
     out[3].sum().backward()
     assert max(rows) == 1
@@ -625,7 +625,7 @@ def test_errors_of_the_adjoint_reach_the_caller_of_backward():
     y = torch.ones(2, 1, dtype=DOUBLE, requires_grad=True)
 
     def run(max_nfe):
-        return solve(lambda t, y: torch.sin(9 * y), y, 0.0, 1.0, max_nfe=max_nfe)
+        return solve(lambda t, y: torch.sin(9 * y), y, 0.0, 1.0, max_nfe=max_nfe, gradient="adjoint")
 
     free = run(5000)
     free.state.sum().backward()

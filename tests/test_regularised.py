@@ -64,7 +64,8 @@ def test_records_nest_and_belong_to_a_thread():
 
 def test_backward_in_another_thread_is_counted():
     with pf.recorded() as record:
-        out = solve(lambda t, y: -y, torch.ones(1, 1, requires_grad=True), 0.0, 1.0).state.sum()
+        y = torch.ones(1, 1, requires_grad=True)
+        out = solve(lambda t, y: -y, y, 0.0, 1.0, gradient="adjoint").state.sum()
     other = threading.Thread(target=out.backward)
     other.start()
     other.join()

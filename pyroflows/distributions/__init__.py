@@ -2,7 +2,7 @@
 
 from pyroflows.distributions.base import Base, LearnedStudentT, standard_normal
 from pyroflows.distributions.block import bnaf
-from pyroflows.distributions.continuous import ffjord
+from pyroflows.distributions.continuous import ffjord, flow_matching, otflow, rnode
 from pyroflows.distributions.flow import Flow, FlowDistribution, Standardize
 from pyroflows.distributions.images import dequantizer, glow, realnvp_image
 from pyroflows.distributions.manifolds import ncsf, sphere, uniform_angles, von_mises_angles
@@ -26,6 +26,7 @@ __all__ = [
     "bpf",
     "dequantizer",
     "ffjord",
+    "flow_matching",
     "gaussianization",
     "glow",
     "iaf",
@@ -36,10 +37,12 @@ __all__ = [
     "ncsf",
     "nice",
     "nsf",
+    "otflow",
     "planar",
     "radial",
     "realnvp",
     "realnvp_image",
+    "rnode",
     "sospf",
     "sphere",
     "standard_normal",

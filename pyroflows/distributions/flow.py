@@ -182,6 +182,9 @@ class Flow(nn.Module):
         chart: a fixed map from where the learned transform leads to where the data live, in place of a standardiser
             and a support.
 
+    Attributes:
+        objective: what `pyroflows.fit` minimises where it is not told.
+
     Raises:
         OptionError: the base and the transform disagree about what a point is, or a support was declared for a
             transform that leads to one of its own.
@@ -197,6 +200,7 @@ class Flow(nn.Module):
     standardizes: bool
     context_loc: Tensor
     context_scale: Tensor
+    objective: str = "likelihood"
 
     def __init__(
         self,

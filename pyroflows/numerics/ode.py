@@ -63,7 +63,7 @@ def solve(
     atol: float | None = None,
     steps: int | None = None,
     max_nfe: int = 5000,
-    gradient: str = "adjoint",
+    gradient: str = "direct",
     parameters: Sequence[Tensor] = (),
     carried: Sequence[Tensor] = (),
     controlled: int | slice = slice(None),

@@ -99,8 +99,9 @@ class ContinuousTransform(FlowTransform):
         eval_rtol: in ``eval()``; default as ``rtol``.
         eval_atol: in ``eval()``; default as ``atol``.
         max_nfe: how many evaluations of the velocity a solve may take.
-        gradient: ``"adjoint"`` keeps nothing of the way and solves backwards, ``"checkpoint"`` keeps the accepted
-            steps, ``"direct"`` keeps all; see `pyroflows.numerics.solve`.
+        gradient: ``"direct"`` keeps all of the way and is the fastest; ``"checkpoint"`` keeps the accepted steps and
+            takes them again, the same gradient in about 1.4 of the time of a step; ``"adjoint"`` keeps nothing and
+            solves backwards, in 1.8 to 2.4 of the time. See `pyroflows.numerics.solve`.
         solver_options: passed on to a solver of torchdiffeq.
         regularize: the weights of regularisers, by name.
 
@@ -112,7 +113,9 @@ class ContinuousTransform(FlowTransform):
         >>> y, log_det = layer.forward_and_log_det(torch.ones(5, 2))
         >>> torch.allclose(layer.inv(y), torch.ones(5, 2), atol=1e-4)
         True
-        >>> layer = continuous(2, hidden_dims=(8, 8), regularize={"kinetic": 0.01, "jacobian": 0.01})
+        >>> import pyroflows
+        >>> weights = {"kinetic": 0.01, "jacobian": 0.01}
+        >>> layer = continuous(2, hidden_dims=(8, 8), gradient="adjoint", regularize=weights)
         >>> flow = pyroflows.Flow(layer, pyroflows.distributions.standard_normal(2))
         >>> with pyroflows.recorded() as record:
         ...     loss = -flow().log_prob(torch.ones(5, 2)).mean()
@@ -145,7 +148,7 @@ class ContinuousTransform(FlowTransform):
         eval_rtol: float | None = None,
         eval_atol: float | None = None,
         max_nfe: int = 5000,
-        gradient: Literal["adjoint", "checkpoint", "direct"] = "adjoint",
+        gradient: Literal["adjoint", "checkpoint", "direct"] = "direct",
         solver_options: Mapping[str, Any] | None = None,
         regularize: Mapping[str, float] | None = None,
     ) -> None:
