@@ -56,7 +56,12 @@ def ffjord(
         >>> ffjord(3)().log_prob(torch.zeros(5, 3)).shape
         torch.Size([5])
     """
-    network = {"hidden_dims": hidden_dims, "activation": activation, "conditioning": conditioning, "residual": residual}
+    network: dict[str, Any] = {
+        "hidden_dims": hidden_dims,
+        "activation": activation,
+        "conditioning": conditioning,
+        "residual": residual,
+    }
     options = {"context_dim": context_dim, "divergence": divergence, **network, **options}
     return stack(lambda _: continuous(input_dim, **options), input_dim, transforms, False, support, base=base)
 
@@ -103,7 +108,7 @@ def rnode(
         >>> sorted(record.penalties)
         ['jacobian', 'kinetic']
     """
-    network = {"hidden_dims": hidden_dims, "activation": activation, "conditioning": conditioning}
+    network: dict[str, Any] = {"hidden_dims": hidden_dims, "activation": activation, "conditioning": conditioning}
     weights = {"kinetic": kinetic, "jacobian": jacobian}
     options = {"context_dim": context_dim, "regularize": weights, **network, **options}
     return stack(lambda _: continuous(input_dim, **options), input_dim, transforms, False, support, base=base)
@@ -187,7 +192,12 @@ def flow_matching(
         >>> flow_matching(3).objective
         'flow_matching'
     """
-    network = {"hidden_dims": hidden_dims, "activation": activation, "conditioning": conditioning, "residual": residual}
+    network: dict[str, Any] = {
+        "hidden_dims": hidden_dims,
+        "activation": activation,
+        "conditioning": conditioning,
+        "residual": residual,
+    }
     flow = ffjord(input_dim, context_dim=context_dim, base=base, support=support, **network, **options)
     flow.objective = "flow_matching"
     return flow
