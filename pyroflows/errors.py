@@ -90,6 +90,7 @@ class ODESolveError(PyroflowsError, RuntimeError):
         nfe: how many times the field was evaluated.
         norm: the largest absolute entry of that row's state.
         rows: the numbers of all rows that stopped.
+        reason: why: ``"velocity"`` (not finite), ``"state"`` (not finite), ``"step"`` (too small) or ``"max_nfe"``.
     """
 
     def __init__(
@@ -101,9 +102,10 @@ class ODESolveError(PyroflowsError, RuntimeError):
         nfe: int = 0,
         norm: float = math.nan,
         rows: Sequence[int] = (),
+        reason: str = "",
     ) -> None:
         super().__init__(message)
-        self.t, self.dt, self.nfe, self.norm, self.rows = t, dt, nfe, norm, tuple(rows)
+        self.t, self.dt, self.nfe, self.norm, self.rows, self.reason = t, dt, nfe, norm, tuple(rows), reason
 
 
 # --- data and training -----------------------------------------------------------------------------------

@@ -1,6 +1,7 @@
 """Continuous-time transforms: closed forms, three gradients, estimates of the log-det, faults, use in Pyro."""
 
 import copy
+import warnings
 
 import pyro
 import pyro.distributions as dist
@@ -13,6 +14,7 @@ import pyroflows as pf
 from pyroflows.distributions import Flow, standard_normal
 from pyroflows.errors import ODESolveError, OptionError, ShapeError
 from pyroflows.nets import MLP, VelocityMLP
+from pyroflows.numerics import Fallback
 from pyroflows.transforms import ContinuousTransform, continuous
 
 
@@ -332,3 +334,73 @@ def test_weights_that_pyro_samples_are_differentiated_as_they_were():
 
     layer = ContinuousTransform(Sampled(), 2, solver="rk4")
     assert not layer._as_it_is_now()[2]
+
+
+def test_N7_a_fallback_warns_once_a_layer_and_bounds_the_work():
+    class Stiff(nn.Module):
+        def forward(self, t, x):
+            return -300 * (x - torch.cos(t))
+
+    x = torch.ones(3, 1)
+    layer = ContinuousTransform(Stiff(), 1, max_nfe=100, fallback=Fallback("rk4", 300))
+    with pytest.warns(UserWarning, match="fixed steps"):
+        y, log_det = layer.forward_and_log_det(x)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        layer.forward_and_log_det(x)
+    settled = (300**2 * torch.cos(x) + 300 * torch.sin(x)) / (300**2 + 1)
+    torch.testing.assert_close(y, settled, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(log_det, torch.full((3,), -300.0), rtol=1e-4, atol=0)
+    with pytest.warns(UserWarning, match="fixed steps"):
+        ContinuousTransform(Stiff(), 1, max_nfe=100, fallback=Fallback("rk4", 300))(x)
+    with pytest.raises(OptionError, match="rk4"):
+        continuous(2, fallback="dopri5")
+
+
+def test_N10_min_step_is_refused():
+    with pytest.raises(OptionError, match="min_step"):
+        continuous(2, solver="dopri8", solver_options={"min_step": 1e-3})
+
+
+def test_N11_tolerances_below_the_dtype_are_raised_with_a_warning():
+    layer = shaken(continuous(2, hidden_dims=(8, 8), rtol=1e-12, atol=1e-12))
+    x = torch.randn(5, 2)
+    with pytest.warns(UserWarning, match="below what torch.float32 can hold"):
+        found = layer.flow(x)
+    assert found.nfe < 400
+    torch.testing.assert_close(found.value, layer.double()(x.double()).float(), rtol=1e-5, atol=1e-5)
+
+
+def test_N12_reversed_time_and_data_of_another_dtype():
+    layer = shaken(continuous(2, hidden_dims=(8, 8), learn_end_time=True))
+    y = layer(torch.ones(5, 2))
+    assert layer.double()(torch.ones(5, 2)).dtype == torch.float32  # the points' own
+    torch.testing.assert_close(layer.float().inv(y), torch.ones(5, 2), rtol=1e-4, atol=1e-4)
+
+
+def test_a_jacobian_is_had_by_batches_of_gradients():
+    torch.manual_seed(0)
+    layer = shaken(continuous(2, hidden_dims=(8, 8))).double()
+    x = torch.randn(3, 2, dtype=torch.float64)
+    found = [
+        torch.autograd.functional.jacobian(lambda x: layer.forward_and_log_det(x)[0], x, vectorize=vectorize)
+        for vectorize in (True, False)
+    ]
+    torch.testing.assert_close(*found, rtol=1e-7, atol=1e-7)
+    blocks = found[0].diagonal(dim1=0, dim2=2).movedim(-1, 0)
+    torch.testing.assert_close(torch.linalg.slogdet(blocks)[1], layer.forward_and_log_det(x)[1], rtol=1e-7, atol=1e-7)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_tracing_and_the_meta_device_need_fixed_steps():
+    layer = shaken(continuous(2, hidden_dims=(8, 8)))
+    with pytest.raises(OptionError, match=r"torch\.jit\.trace would freeze"):
+        torch.jit.trace(layer, torch.ones(3, 2))
+    x = torch.randn(3, 2)
+    fixed = shaken(continuous(2, hidden_dims=(8, 8), solver="rk4", steps=3))
+    torch.testing.assert_close(torch.jit.trace(fixed, torch.ones(3, 2))(x), fixed(x))
+    with torch.device("meta"):
+        empty = continuous(2, hidden_dims=(8, 8), learn_end_time=True)
+        with pytest.raises(OptionError, match="meta device"):
+            empty(torch.ones(3, 2))
+    assert fixed.to("meta")(torch.ones(3, 2, device="meta")).shape == (3, 2)

@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from pyroflows.errors import ODESolveError, OptionError, ShapeError
-from pyroflows.numerics import ode_solvers, solve
+from pyroflows.numerics import Fallback, ode_solvers, solve
 
 GRADIENTS = ("direct", "checkpoint", "adjoint")
 OWN = ("dopri5", "bosh3", "euler", "midpoint", "rk4")
@@ -701,3 +701,124 @@ def test_function_transforms():
     assert torch.allclose(torch.func.grad(lambda y: adaptive(y).sum())(y[0]), want, atol=1e-4)
     tangent = torch.func.jvp(adaptive, (y[0],), (torch.ones_like(y[0]),))[1]
     assert torch.allclose(tangent, want, atol=1e-4)
+
+
+# --- what hides values, batches of gradients, fixed steps where others fail ------------------------------
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("solver", ["dopri5", "dopri8"])
+def test_a_solver_that_looks_at_values_says_where_there_are_none(solver):
+    def run(y, solver=solver):
+        return solve(lambda t, y: torch.sin(y), y, 0.0, 1.0, solver=solver).state
+
+    with pytest.raises(OptionError, match="meta device"):
+        run(torch.ones(3, 2, device="meta"))
+    with pytest.raises(OptionError, match=r"torch\.jit\.trace would freeze"):
+        torch.jit.trace(run, torch.ones(3, 2))
+    assert run(torch.ones(3, 2, device="meta"), "rk4").shape == (3, 2)
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_fixed_steps_are_traced():
+    def run(y):
+        return solve(lambda t, y: torch.sin(y), y, 0.0, 1.0, solver="rk4").state
+
+    y = torch.randn(3, 2)
+    assert torch.equal(torch.jit.trace(run, torch.ones(3, 2))(y), run(y))
+
+
+@every_pair("dopri5", "rk4", "dopri8")
+def test_batches_of_gradients(solver, gradient):
+    k, c, y = tensor(3.0), torch.randn(3, 1, dtype=DOUBLE), torch.randn(3, 2, dtype=DOUBLE)
+    steps = 200 if solver == "rk4" else None
+
+    def run(y, c, k):
+        return solve(
+            lambda t, y, c: torch.sin(k * y + c * t),
+            y,
+            0.0,
+            1.0,
+            solver=solver,
+            steps=steps,
+            gradient=gradient,
+            carried=[c],
+            parameters=[k],
+        ).state
+
+    inputs = [x.requires_grad_() for x in (y, c, k)]
+    out = run(*inputs)
+    units = torch.eye(6, dtype=DOUBLE).reshape(6, 3, 2)
+    many = torch.autograd.grad(out, inputs, units, is_grads_batched=True, retain_graph=True)
+    one_by_one = zip(*(torch.autograd.grad(out, inputs, unit, retain_graph=True) for unit in units), strict=True)
+    for got, want in zip(many, one_by_one, strict=True):
+        torch.testing.assert_close(got, torch.stack(want), rtol=1e-7, atol=1e-7)
+
+
+def hard_rows(**options):
+    """Five rows, two of them too stiff for ``max_nfe``; the solution is ``c + exp(-rate t)`` for each."""
+    rate = tensor([1.0], [4e4], [2.0], [5e4], [3.0])
+    c = tensor([1.0], [2.0], [3.0], [4.0], [5.0]).requires_grad_()
+    y = (c + 1).detach().requires_grad_()
+    out = solve(lambda t, y, r, c: -r * (y - c), y, 0.0, 0.01, carried=[rate, c], max_nfe=150, **options).state
+    return out, c + (y - c) * torch.exp(-rate * 0.01), (y, c)
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+def test_N7_a_fallback_takes_only_the_rows_that_fail(gradient):
+    with pytest.raises(ODESolveError, match="max_nfe") as caught:
+        hard_rows(gradient=gradient)
+    assert (caught.value.reason, caught.value.rows) == ("max_nfe", (1, 3))
+    steps = Fallback("rk4", steps=400)
+    with pytest.warns(UserWarning, match="400 fixed steps of 'rk4'"):
+        out, exact, leaves = hard_rows(gradient=gradient, fallback=steps)
+    assert (out - exact)[[0, 2, 4]].abs().max() < 1e-9
+    assert (out - exact)[[1, 3]].abs().max() < 1e-2
+    weights = tensor([1.0], [-2.0], [3.0], [-4.0], [5.0])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the same object does not warn again
+        got = torch.autograd.grad((out * weights).sum(), leaves)
+        assert torch.equal(hard_rows(gradient=gradient, fallback=steps)[0], out)
+    for a, b in zip(got, torch.autograd.grad((exact * weights).sum(), leaves), strict=True):
+        assert (a - b)[[0, 2, 4]].abs().max() < 1e-8
+        assert (a - b).abs().max() < 5e-2
+
+
+def test_a_fallback_solves_the_adjoint_where_only_that_fails():
+    y = torch.ones(2, 1, dtype=DOUBLE, requires_grad=True)
+
+    def run(**options):
+        return solve(lambda t, y: torch.sin(9 * y), y, 0.0, 1.0, **options)
+
+    free = run()
+    (want,) = torch.autograd.grad(free.state.sum(), y)
+    steps = Fallback("rk4", steps=2000)
+    short = run(max_nfe=free.work.forward + 5, fallback=steps)
+    assert torch.equal(short.state, free.state)
+    with pytest.warns(UserWarning, match="max_nfe"):
+        (got,) = torch.autograd.grad(short.state.sum(), y)
+    assert torch.allclose(got, want, rtol=1e-6)
+
+
+def test_a_fallback_is_for_all_rows_of_a_solver_with_common_steps():
+    y = torch.zeros(3, 1, dtype=DOUBLE, requires_grad=True)
+    with pytest.warns(UserWarning, match="max_nfe"):
+        out = solve(stiff(1e3), y, 0.0, 1.0, solver="dopri8", max_nfe=100, fallback=Fallback("rk4", 1000)).state
+    assert (out - math.cos(1.0)).abs().max() < 2e-3
+
+
+def test_N8_N9_a_fallback_is_not_for_a_velocity_that_is_not_finite():
+    with pytest.raises(ODESolveError, match="non-finite velocity at t=0") as caught:
+        solve(lambda t, y: torch.where(t > 0.5, math.nan, y), torch.ones(2, 1), 0.0, 1.0, fallback="rk4")
+    assert caught.value.reason == "velocity"
+    with pytest.warns(UserWarning, match="step"), pytest.raises(ODESolveError) as caught:
+        solve(lambda t, y: y * y, torch.ones(2, 1, dtype=DOUBLE), 0.0, 2.0, fallback="rk4")
+    assert "fallback" in caught.value.__notes__[0]
+
+
+def test_fallbacks_are_checked():
+    for wrong in ("dopri5", "rk5"):
+        with pytest.raises(OptionError, match="euler, midpoint, rk4"):
+            solve(lambda t, y: y, torch.ones(1, 1), 0.0, 1.0, fallback=wrong)
+    with pytest.raises(OptionError, match="one step"):
+        Fallback(steps=0)

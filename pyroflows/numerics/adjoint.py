@@ -7,7 +7,7 @@ Lyons 2021, arXiv:2009.09457 (the parameters' gradient does not steer the steps)
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -15,12 +15,13 @@ import torch
 from torch import Tensor
 
 from pyroflows.errors import ODESolveError, OptionError
+from pyroflows.numerics.modes import is_differentiated
 from pyroflows.numerics.runge_kutta import Round, Tableau, Velocity, take_step
 
 if TYPE_CHECKING:
     from pyroflows.numerics.ode import Problem
 
-__all__ = ["differentiable_solution", "numbered"]
+__all__ = ["differentiable_solution", "in_parts", "numbered"]
 
 
 def differentiable_solution(
@@ -144,18 +145,9 @@ class _Solve(torch.autograd.Function):
         needed = [need and x.requires_grad for need, x in zip(ctx.needs_input_grad[3:], given, strict=True)]
         velocity = problem.counted("backward")
         with problem.autocast():
-            if torch.is_grad_enabled():
-                given, shared_ones = given[: 3 + count], tensors[count:]
-                if _reach(given, shared_ones):
-                    raise OptionError(
-                        f"gradient={ctx.gradient!r} has no second derivatives where the state itself was computed from "
-                        "tensors that the field depends on; expected gradient='direct'."
-                    )
-                given = tuple(x.view_as(x) for x in given)  # one may have been computed from another
-                again = problem.run(velocity, *given[:3], given[3:])
-                inputs = [x for x, need in zip((*given, *shared_ones), needed, strict=True) if need]
-                found = iter(torch.autograd.grad(again, inputs, grad, create_graph=True, allow_unused=True))
-                return (None, None, None, *(next(found) if need else None for need in needed))
+            if is_differentiated(grad):
+                steps = _by_steps(problem, velocity, grad, given[: 3 + count], tensors[count:], needed)
+                return (None, None, None, *steps)
             rows = _Totals(tensors[:count], needed[3 : 3 + count])
             shared = _Totals(tensors[count:], needed[3 + count :])
             if ctx.gradient == "checkpoint":
@@ -164,6 +156,30 @@ class _Solve(torch.autograd.Function):
             else:
                 first = _by_adjoint(problem, velocity, grad, state, out, (t0, t1), needed[1:3], rows, shared)
         return (None, None, None, first[0] if needed[0] else None, *first[1:], *rows.sums, *shared.sums)
+
+
+def _by_steps(
+    problem: Problem,
+    velocity: Velocity,
+    grad: Tensor,
+    given: tuple[Tensor, ...],
+    shared: Sequence[Tensor],
+    needed: Sequence[bool],
+) -> list[Tensor | None]:
+    """Takes all steps again by "direct", for a second derivative or for a batch of gradients."""
+    twice = torch.is_grad_enabled()
+    if twice and _reach(given, shared):
+        raise OptionError(
+            "Only gradient='direct' has second derivatives where the field depends on what the state does."
+        )
+    with torch.enable_grad():
+        # One of them may have been computed from another.
+        given = tuple(x.view_as(x) if twice else x.detach().requires_grad_(x.requires_grad) for x in given)
+        state, t0, t1, *carried = given
+        again = problem.run(velocity, state, t0, t1, carried)
+    inputs = [x for x, need in zip((*given, *shared), needed, strict=True) if need]
+    found = iter(torch.autograd.grad(again, inputs, grad, create_graph=twice, allow_unused=True))
+    return [next(found) if need else None for need in needed]
 
 
 def _by_checkpoints(
@@ -220,21 +236,27 @@ def _by_adjoint(
     unit = grad.abs().amax(1, keepdim=True)
     live = ((unit > 0) & torch.isfinite(unit)).squeeze(1).nonzero().squeeze(1)
     start = torch.where(torch.isfinite(unit), grad, math.nan)
-    if len(live):
-        unit = unit.index_select(0, live)
-        both = torch.cat((out.index_select(0, live), grad.index_select(0, live) / unit), 1)
+
+    def pulled(problem: Problem, live: Tensor) -> Tensor:
+        before = [*rows.sums], [*shared.sums]
+        its = unit.index_select(0, live)
+        both = torch.cat((out.index_select(0, live), grad.index_select(0, live) / its), 1)
         carried = tuple(tensor.index_select(0, live) for tensor in rows.tensors)
         try:
             with numbered(live):
                 if problem.tableau is None:
-                    both = _adjoint_by_torchdiffeq(problem, velocity, both, t1, t0, carried, live, unit, rows, shared)
+                    both = _adjoint_by_torchdiffeq(problem, velocity, both, t1, t0, carried, live, its, rows, shared)
                 else:
-                    system = _Adjoint(problem.tableau, velocity, state.shape[1], live, unit, rows, shared)
+                    system = _Adjoint(problem.tableau, velocity, state.shape[1], live, its, rows, shared)
                     both = problem.run(system, both, t1, t0, carried, system.collect, afresh=True)
         except ODESolveError as error:
+            rows.sums, shared.sums = before  # what it had come to so far
             error.add_note("This was the adjoint, solved backwards for the gradient; gradient='checkpoint' needs none.")
             raise
-        start = start.index_copy(0, live, both[:, state.shape[1] :] * unit)
+        return both[:, state.shape[1] :] * its
+
+    for part, solution in in_parts(problem, live, pulled):
+        start = start.index_copy(0, part, solution)
     lost = (~torch.isfinite(start).all(1)).nonzero().squeeze(1)
     value = math.nan if len(lost) else 0.0
     if len(lost) or not len(live):
@@ -346,6 +368,28 @@ def _adjoint_by_torchdiffeq(
     rows.add(parts[: len(rows.places)], live)
     shared.add(parts[len(rows.places) :])
     return both
+
+
+def in_parts(
+    problem: Problem, rows: Tensor, solved: Callable[[Problem, Tensor], Tensor]
+) -> list[tuple[Tensor, Tensor]]:
+    """Rows and their solutions: of all at once, or where some are for the fallback, of these and of the others."""
+    if not len(rows):
+        return []
+    try:
+        return [(rows, solved(problem, rows))]
+    except ODESolveError as error:
+        if problem.fallback is None or not problem.fallback.takes(error):
+            raise
+        # Without numbers it is all of them, which share torchdiffeq's steps.
+        lost = torch.isin(rows, torch.tensor(error.rows or rows.tolist(), device=rows.device))
+    given_up = rows[lost]
+    rest = in_parts(problem, rows[~lost], solved)
+    try:
+        return [*rest, (given_up, solved(problem.by_fixed_steps(), given_up))]
+    except ODESolveError as error:
+        error.add_note("This was the fallback: fixed steps for rows that the solver with step control gave up.")
+        raise
 
 
 @contextmanager

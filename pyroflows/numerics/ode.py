@@ -10,20 +10,20 @@ import math
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from pyroflows.errors import ODESolveError, OptionError, ShapeError
-from pyroflows.numerics.adjoint import differentiable_solution, numbered
+from pyroflows.numerics.adjoint import differentiable_solution, in_parts, numbered
 from pyroflows.numerics.borrowed import borrowed_solve, borrowed_solvers
 from pyroflows.numerics.modes import is_plainly_eager
 from pyroflows.numerics.record import Work, open_records
 from pyroflows.numerics.runge_kutta import TABLEAUS, Control, Round, Tableau, Velocity, adapt, failure, march
 
-__all__ = ["Solution", "ode_solvers", "ode_tolerances", "solve"]
+__all__ = ["Fallback", "Solution", "ode_solvers", "ode_tolerances", "solve"]
 
 GRADIENTS = ("adjoint", "checkpoint", "direct")
 
@@ -40,6 +40,44 @@ class Solution(NamedTuple):
     state: Tensor
     nfe: int
     work: Work
+
+
+@dataclass
+class Fallback:
+    """Fixed steps for rows that a solver with step control gives up, because of ``max_nfe`` or of too small steps.
+
+    Their error is not controlled. A velocity that is not finite stays an error. Each of these objects warns once.
+
+    Args:
+        solver: ``"euler"``, ``"midpoint"`` or ``"rk4"``.
+        steps: how many steps.
+
+    Raises:
+        OptionError: the solver is another, or there is no step.
+    """
+
+    solver: str = "rk4"
+    steps: int = 200
+    warned: bool = False
+
+    def __post_init__(self) -> None:
+        if self.solver not in TABLEAUS or TABLEAUS[self.solver].error:
+            fixed = (name for name, tableau in TABLEAUS.items() if not tableau.error)
+            raise OptionError(f"Expected fallback to be one of {', '.join(fixed)}, got {self.solver!r}.")
+        if self.steps < 1:
+            raise OptionError(f"Expected at least one step, got steps={self.steps}.")
+
+    def takes(self, error: ODESolveError) -> bool:
+        """Whether it is for rows that stopped so; then it says so, the first time."""
+        takes = error.reason in ("step", "max_nfe")
+        if takes and not self.warned:
+            self.warned = True
+            warnings.warn(
+                f"A solver with step control gave up some rows ({error.reason}). They are solved by {self.steps} fixed "
+                f"steps of {self.solver!r} instead, whose error is not controlled.",
+                stacklevel=4,
+            )
+        return takes
 
 
 def ode_solvers() -> tuple[str, ...]:
@@ -68,6 +106,7 @@ def solve(
     carried: Sequence[Tensor] = (),
     controlled: int | slice = slice(None),
     options: Mapping[str, Any] | None = None,
+    fallback: str | Fallback | None = None,
 ) -> Solution:
     r"""Solves :math:`dy/dt = f(t, y)` from :math:`y(t_0)` to :math:`y(t_1)`, for every row of the state by itself.
 
@@ -98,9 +137,12 @@ def solve(
             get gradients too.
         controlled: the columns that steer the steps, or how many of the first; default all.
         options: passed on to a solver of torchdiffeq.
+        fallback: how to solve rows that a solver with step control gives up, in both passes: ``"rk4"``, another solver
+            of fixed steps, or a `Fallback`. By default they are an error. The other rows are solved again without them.
 
     Raises:
-        ODESolveError: a velocity is not finite, steps became too small, or ``max_nfe`` was reached.
+        ODESolveError: a velocity is not finite, or without a fallback, steps became too small or ``max_nfe`` was
+            reached.
         OptionError: an option has a value that it cannot take.
         ShapeError: the state is no matrix, or the velocity or a carried tensor does not fit it.
 
@@ -127,21 +169,26 @@ def solve(
     for record in open_records():
         if len(state):
             record.count(work)
-    problem = Problem(field, solver, tableau, control, steps or 20, dict(options or {}), given, work, _autocast(state))
+    if isinstance(fallback, str):
+        fallback = Fallback(fallback)
+    problem = Problem(
+        field, solver, tableau, control, steps or 20, dict(options or {}), given, work, _autocast(state), fallback
+    )
     state, carried = state.to(dtype), tuple(carried)
-    start, end = (float(t.detach()) if isinstance(t, Tensor) else float(t) for t in (t0, t1))
-    t0, t1 = (torch.as_tensor(t, dtype=dtype, device=state.device).reshape(()) for t in (t0, t1))
-    if not is_plainly_eager():
-        gradient = "direct"
-        if not problem.adaptive:
-            # Fixed steps look at no value, so compilers and transforms see them through.
-            out = problem.run(problem.counted("forward"), state, t0, t1, carried)
-            return Solution(out.to(given), work.forward, work)
-        if _under_vmap():
+    if problem.adaptive:
+        if len(state) and (hidden := _what_hides_values(state)):
             raise OptionError(
-                f"solver={solver!r} chooses its steps by looking at the state, which vmap hides; expected a batch as "
-                "rows of the state, or a solver of fixed steps: 'euler', 'midpoint', 'rk4'."
+                f"solver={solver!r} chooses its steps by looking at the state, which {hidden}; expected "
+                "a solver of fixed steps: 'euler', 'midpoint', 'rk4'."
             )
+        gradient = gradient if is_plainly_eager() else "direct"
+    given_times = t0, t1
+    t0, t1 = (torch.as_tensor(t, dtype=dtype, device=state.device).reshape(()) for t in (t0, t1))
+    if not problem.adaptive and (not is_plainly_eager() or state.is_meta):
+        # Fixed steps look at no value, so compilers and transforms see them through.
+        out = problem.run(problem.counted("forward"), state, t0, t1, carried)
+        return Solution(out.to(given), work.forward, work)
+    start, end = (float(t.detach()) if isinstance(t, Tensor) else float(t) for t in given_times)
     if not (math.isfinite(start) and math.isfinite(end)):
         raise OptionError(f"Expected finite times, got t0={start}, t1={end}.")
     if start == end or not len(state):
@@ -152,16 +199,17 @@ def solve(
     for tensor in carried:
         if tensor.is_floating_point():
             finite = finite & torch.isfinite(tensor.flatten(1)).all(1)
-    if bool(finite.all()):
+
+    def some(problem: Problem, rows: Tensor) -> Tensor:
+        with numbered(rows):
+            part, *beside = (tensor.index_select(0, rows) for tensor in (state, *carried))
+            return differentiable_solution(problem, gradient, part, t0, t1, tuple(beside), parameters)
+
+    if bool(finite.all()) and not fallback:
         out = differentiable_solution(problem, gradient, state, t0, t1, carried, parameters)
     else:
-        rows = finite.nonzero().squeeze(1)
         out = torch.full_like(state, math.nan)
-        if len(rows):
-            with numbered(rows):
-                some = tuple(tensor.index_select(0, rows) for tensor in carried)
-                part = state.index_select(0, rows)
-                part = differentiable_solution(problem, gradient, part, t0, t1, some, parameters)
+        for rows, part in in_parts(problem, finite.nonzero().squeeze(1), some):
             out = out.index_copy(0, rows, part)
     return Solution(out.to(given), work.forward, work)
 
@@ -236,11 +284,18 @@ def _autocast(state: Tensor) -> Callable[[], AbstractContextManager[Any]]:
     return lambda: torch.autocast(device, dtype=dtype)
 
 
-def _under_vmap() -> bool:
+def _what_hides_values(state: Tensor) -> str:
+    """Why a choice by values is impossible or would be wrong; nothing if it is not."""
+    if state.is_meta:
+        return "has no values on the meta device"
+    if torch._C._get_tracing_state() is not None:
+        return "torch.jit.trace would freeze at its example's"
     functorch = torch._C._functorch
-    if not torch._C._are_functorch_transforms_active():
-        return False
-    return any(level.key() == functorch.TransformType.Vmap for level in functorch.get_interpreter_stack() or ())
+    if torch._C._are_functorch_transforms_active() and any(
+        level.key() == functorch.TransformType.Vmap for level in functorch.get_interpreter_stack() or ()
+    ):
+        return "vmap hides; give it the batch as rows"
+    return ""
 
 
 @dataclass
@@ -256,6 +311,13 @@ class Problem:
     dtype: torch.dtype
     work: Work
     autocast: Callable[[], AbstractContextManager[Any]]
+    fallback: Fallback | None = None
+
+    def by_fixed_steps(self) -> Problem:
+        """The same by the steps of the fallback."""
+        assert self.fallback is not None
+        solver, steps = self.fallback.solver, self.fallback.steps
+        return replace(self, solver=solver, tableau=TABLEAUS[solver], steps=steps, fallback=None)
 
     @property
     def adaptive(self) -> bool:
@@ -293,7 +355,7 @@ class Problem:
         if self.tableau.error:
             return adapt(velocity, self.tableau, state, t0, t1, carried, self.control, watch, afresh)
         out = march(velocity, self.tableau, state, t0, t1, carried, self.steps, watch)
-        if is_plainly_eager() and not bool(torch.isfinite(out).all()):
+        if is_plainly_eager() and not out.is_meta and not bool(torch.isfinite(out).all()):
             raise self._where_it_broke(velocity, state, t0, t1, carried, out)
         return out
 

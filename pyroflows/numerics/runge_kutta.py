@@ -350,7 +350,7 @@ _WHY = {
     "max_nfe": (
         "max_nfe was reached",
         "The field may be stiff, or the state may leave every bound in finite time: loosen rtol and atol, raise "
-        "max_nfe, regularise the field, or take fixed steps (solver='rk4').",
+        "max_nfe, regularise the field, or take fixed steps (solver='rk4', or fallback='rk4' for such rows alone).",
     ),
 }
 
@@ -376,6 +376,7 @@ def failure(
         nfe=nfe,
         norm=norm,
         rows=rows,
+        reason=why,
     )
 
 

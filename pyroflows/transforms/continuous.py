@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from pyroflows.errors import OptionError
 from pyroflows.nets import PotentialGradient, Velocity, VelocityMLP, as_velocity
 from pyroflows.numerics import (
+    Fallback,
     Trace,
     deflate,
     draw_probes,
@@ -103,6 +104,9 @@ class ContinuousTransform(FlowTransform):
             takes them again, the same gradient in about 1.4 of the time of a step; ``"adjoint"`` keeps nothing and
             solves backwards, in 1.8 to 2.4 of the time. See `pyroflows.numerics.solve`.
         solver_options: passed on to a solver of torchdiffeq.
+        fallback: ``"rk4"``, another solver without step control, or a `pyroflows.numerics.Fallback`: takes the rows
+            that the solver gives up because of ``max_nfe`` or of too small steps, with one warning. The error of these
+            is not controlled. By default it is an error.
         regularize: the weights of regularisers, by name.
 
     Raises:
@@ -150,6 +154,7 @@ class ContinuousTransform(FlowTransform):
         max_nfe: int = 5000,
         gradient: Literal["adjoint", "checkpoint", "direct"] = "direct",
         solver_options: Mapping[str, Any] | None = None,
+        fallback: str | Fallback | None = None,
         regularize: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__(context_dim)
@@ -176,9 +181,11 @@ class ContinuousTransform(FlowTransform):
             "max_nfe": max_nfe,
             "gradient": gradient,
             "options": solver_options,
+            "fallback": Fallback(fallback) if isinstance(fallback, str) else fallback,  # one, to warn once
         }
-        # A solve of no rows checks the options and costs nothing.
-        solve(lambda t, z: z, torch.zeros(0, 1), 0.0, 1.0, rtol=rtol, atol=atol, **self.settings)
+        # A solve of no rows checks the options and costs nothing; which dtype will come, and may warn, is open.
+        none = torch.zeros(0, 1, dtype=torch.float64, device="cpu")
+        solve(lambda t, z: z, none, 0.0, 1.0, rtol=rtol, atol=atol, **self.settings)
 
     def extra_repr(self) -> str:
         """The sizes and settings."""
