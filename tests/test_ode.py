@@ -788,7 +788,7 @@ def test_a_fallback_solves_the_adjoint_where_only_that_fails():
     y = torch.ones(2, 1, dtype=DOUBLE, requires_grad=True)
 
     def run(**options):
-        return solve(lambda t, y: torch.sin(9 * y), y, 0.0, 1.0, **options)
+        return solve(lambda t, y: torch.sin(9 * y), y, 0.0, 1.0, gradient="adjoint", **options)
 
     free = run()
     (want,) = torch.autograd.grad(free.state.sum(), y)

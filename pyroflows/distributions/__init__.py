@@ -1,5 +1,6 @@
 """Flows: a base and a transform in one module, whose call is a Pyro distribution; and named recipes for them."""
 
+from pyroflows.distributions.augmented import Augmented, AugmentedDistribution
 from pyroflows.distributions.base import Base, LearnedStudentT, standard_normal
 from pyroflows.distributions.block import bnaf
 from pyroflows.distributions.continuous import ffjord, flow_matching, otflow, rnode
@@ -12,6 +13,8 @@ from pyroflows.distributions.pixels import Dequantized, PixelDistribution, bits_
 from pyroflows.distributions.recipes import iaf, maf, nice, nsf, planar, radial, realnvp, sylvester
 
 __all__ = [
+    "Augmented",
+    "AugmentedDistribution",
     "Base",
     "Dequantized",
     "Flow",

@@ -99,7 +99,7 @@ def recorded() -> Iterator[Record]:
         >>> from pyroflows.numerics import solve
         >>> rate = torch.tensor(2.0, requires_grad=True)
         >>> with recorded() as record:
-        ...     y = solve(lambda t, y: -rate * y, torch.ones(5, 1), 0.0, 1.0).state
+        ...     y = solve(lambda t, y: -rate * y, torch.ones(5, 1), 0.0, 1.0, gradient="adjoint").state
         >>> record.solves, record.nfe_forward > 0, record.nfe_backward
         (1, True, 0)
         >>> y.sum().backward()
