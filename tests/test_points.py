@@ -74,6 +74,21 @@ def test_dtypes(flow_and_shape):
     torch.testing.assert_close(before, after.float(), rtol=1e-4, atol=1e-4)
 
 
+def test_what_is_no_real_number(flow_and_shape):
+    flow, shape = flow_and_shape
+    with pytest.raises(DtypeError, match="real numbers, got complex64"):
+        at(flow).log_prob(torch.ones(4, *shape, dtype=torch.complex64))
+    with pytest.raises(DtypeError, match="real numbers, got bool"):
+        at(flow).log_prob(torch.ones(4, *shape, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("name", ["sphere", "ncsf", "nsf"])
+def test_whole_numbers_are_points(name):
+    flow = pf.flow(name, input_dim=2)
+    x = torch.tensor([1, 0, 0] if name == "sphere" else [1, 0])
+    assert torch.equal(flow().log_prob(x), flow().log_prob(x.float()))
+
+
 def test_fewer_digits_are_taken():
     flow = pf.flow("nsf", input_dim=2)
     assert flow().log_prob(torch.zeros(3, 2).bfloat16()).dtype == torch.float32

@@ -594,6 +594,14 @@ def test_a_context_that_is_no_tensor(name):
         layer.forward_and_log_det(torch.zeros(3), (0.0, 1.0))
 
 
+@pytest.mark.parametrize("name", ["affine", "affine_coupling", "spline_autoregressive", "householder", "planar"])
+def test_a_point_that_is_no_tensor(name):
+    layer = pf.transform(name, input_dim=2)
+    for direction in (layer.forward_and_log_det, layer.inverse_and_log_det, layer, layer.inv):
+        with pytest.raises(ShapeError, match=r"\[\*batch, 2\], got list: give torch.as_tensor\(x\)"):
+            direction([0.0, 1.0])
+
+
 FROZEN = {
     "sweep": lambda: T.autoregressive(3, "affine", context_dim=2, hidden_dims=(8,)),
     "root": lambda: T.autoregressive(3, "deep_sigmoid", context_dim=2, hidden_dims=(8,)),

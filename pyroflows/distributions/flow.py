@@ -55,9 +55,11 @@ class FlowDistribution(dist.TransformedDistribution):
 
         Raises:
             ShapeError: ``value`` holds no points of this distribution, or their batch is another one.
-            DtypeError: ``value`` has more digits than the flow, or is no tensor.
+            DtypeError: ``value`` has more digits than the flow, or is no tensor of real numbers.
         """
         self._check(value)
+        if not value.is_floating_point():
+            value = value.to(torch.get_default_dtype())
         if self._validate_args and value.numel():  # torch's constraints cannot look at an empty batch
             self._validate_sample(value)
         transform = self._transform
@@ -76,6 +78,11 @@ class FlowDistribution(dist.TransformedDistribution):
     def _check(self, value: Tensor) -> None:
         if not isinstance(value, Tensor):
             raise DtypeError(f"expected a tensor, got {type(value).__name__}: give torch.as_tensor(x).")
+        if value.is_complex() or value.dtype == torch.bool:
+            name = str(value.dtype).removeprefix("torch.")
+            raise DtypeError(
+                f"expected real numbers, got {name}: give x.{'real' if value.is_complex() else 'float()'}."
+            )
         _check_points(value, self.event_shape)
         if self.batch_shape:
             batch = value.shape[: value.dim() - len(self.event_shape)]

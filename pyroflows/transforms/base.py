@@ -186,7 +186,12 @@ class FlowTransform(TransformModule, ConditionalTransform):
             )
 
     def check_width(self, value: Tensor, width: int) -> None:
-        """Raises `ShapeError` unless the last dimension of ``value`` has the given width."""
+        """Raises `ShapeError` unless ``value`` is a tensor whose last dimension has the given width."""
+        if not isinstance(value, Tensor):
+            raise ShapeError(
+                f"{type(self).__name__} expected a tensor of shape [*batch, {width}], got {type(value).__name__}: "
+                "give torch.as_tensor(x)."
+            )
         if value.dim() == 0 or value.shape[-1] != width:
             raise ShapeError(
                 f"{type(self).__name__} was built with input_dim={width} and got shape {tuple(value.shape)}."
