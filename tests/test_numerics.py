@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pyroflows.errors import InverseNotConverged
-from pyroflows.numerics import bounded_log_scale, linear_rational, monotone_root, positive, rational_quadratic, sum_last
+from pyroflows.numerics import (
+    bounded_affine,
+    bounded_log_scale,
+    linear_rational,
+    monotone_root,
+    positive,
+    rational_quadratic,
+    sum_last,
+)
+from pyroflows.numerics.affine import _plainly
 
 BINS, BOUND = 6, 3.0
 few = settings(max_examples=60, deadline=None, derandomize=True)
@@ -284,3 +293,23 @@ def test_one_hard_row_does_not_change_the_others():
     alone = monotone_root(tanh_mix(), y).x
     together = monotone_root(tanh_mix(), torch.cat([y, torch.tensor([1e12, -1e-12], dtype=torch.float64)])).x[:20]
     assert bool(((alone - together).abs() <= 1e-14 * (1 + alone.abs())).all())
+
+
+@pytest.mark.parametrize("inverse", [False, True])
+def test_an_affine_map_in_one_step_is_that_of_its_operations(inverse):
+    value = torch.randn(5, 3, dtype=torch.float64, requires_grad=True)
+    params = (3 * torch.randn(5, 3, 2, dtype=torch.float64)).requires_grad_()
+    found = []
+    for function in (bounded_affine, _plainly):
+        image, log_slope = function(value, params, 2.0, inverse=inverse)
+        loss = image.sin().sum() + log_slope.cos().sum()
+        first = torch.autograd.grad(loss, (value, params), create_graph=True)
+        second = torch.autograd.grad(sum(g.cos().sum() for g in first), (value, params))
+        image, log_slope = function(value, params, 2.0, inverse=inverse)
+        plain = torch.autograd.grad(image.sin().sum() + log_slope.cos().sum(), (value, params))
+        found.append([image, log_slope, *first, *second, *plain])
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    back, opposite = bounded_affine(image, params, 2.0, inverse=not inverse)
+    torch.testing.assert_close(back, value)
+    torch.testing.assert_close(opposite, -log_slope)

@@ -1,5 +1,6 @@
 """Pure functions of tensors: splines, roots, sums. No parameters, no densities, no state."""
 
+from pyroflows.numerics.affine import bounded_affine
 from pyroflows.numerics.derivatives import gradients_with_graph
 from pyroflows.numerics.logistic import deep_sigmoid, logistic_mean, mixture_parameters, mixture_weights
 from pyroflows.numerics.means import elu_mean, leaky_relu_mean, normal_mean
@@ -29,6 +30,7 @@ __all__ = [
     "Solution",
     "Trace",
     "Work",
+    "bounded_affine",
     "bounded_log_scale",
     "deep_sigmoid",
     "deflate",

@@ -144,7 +144,8 @@ class ClippedAffine(Affine):
                 "expected log_scale_min_clip < 0 < log_scale_max_clip, "
                 f"got {log_scale_min_clip} and {log_scale_max_clip}."
             )
-        super().__init__("gated" if stable else "bounded", log_scale_max_clip)
+        super().__init__("gated", log_scale_max_clip)
+        self.scale = "gated" if stable else "clipped"
         self.min_log_scale, self.sigmoid_bias = float(log_scale_min_clip), float(sigmoid_bias)
 
     def _shift_and_log_scale(self, params: Tensor) -> tuple[Tensor, Tensor]:

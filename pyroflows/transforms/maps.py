@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.functional import logsigmoid
 
 from pyroflows.errors import OptionError
-from pyroflows.numerics import bounded_log_scale, monotone_root, positive
+from pyroflows.numerics import bounded_affine, bounded_log_scale, monotone_root, positive
 
 __all__ = ["Additive", "Affine", "NumericMap", "UnivariateMap"]
 
@@ -109,12 +109,11 @@ class Affine(UnivariateMap):
             raise OptionError(f'scale must be "bounded", "softplus" or "gated", got {scale!r}.')
         if not max_log_scale > 0 or not 0 < floor < 1:
             raise OptionError(f"expected max_log_scale > 0 and 0 < floor < 1, got {max_log_scale} and {floor}.")
-        self.scale, self.max_log_scale, self.floor = scale, max_log_scale, floor
+        self.scale: str = scale
+        self.max_log_scale, self.floor = max_log_scale, floor
 
     def _shift_and_log_scale(self, params: Tensor) -> tuple[Tensor, Tensor]:
         shift, raw = params.unbind(-1)
-        if self.scale == "bounded":
-            return shift, bounded_log_scale(raw, self.max_log_scale)
         if self.scale == "gated":
             gate = 2 + bounded_log_scale(raw, 6.0)
             return shift * torch.sigmoid(-gate), logsigmoid(gate)
@@ -122,12 +121,16 @@ class Affine(UnivariateMap):
 
     def forward(self, x: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """``a x + t`` and ``log a``."""
+        if self.scale == "bounded":
+            return bounded_affine(x, params, self.max_log_scale)
         shift, log_scale = self._shift_and_log_scale(params)
         y = x * torch.exp(log_scale) + shift
         return y, log_scale.expand_as(y)
 
     def backward(self, y: Tensor, params: Tensor) -> tuple[Tensor, Tensor]:
         """``(y - t) / a`` and ``-log a``."""
+        if self.scale == "bounded":
+            return bounded_affine(y, params, self.max_log_scale, inverse=True)
         shift, log_scale = self._shift_and_log_scale(params)
         x = (y - shift) * torch.exp(-log_scale)
         return x, -log_scale.expand_as(x)
