@@ -194,6 +194,7 @@ def test_rows_outside_of_the_support_are_named():
         ({"validation": 1.5}, "validation"),
         ({"on_nonfinite": "ignore"}, "on_nonfinite"),
         ({"support": "positif"}, "no support named 'positif'"),
+        ({"support": 3}, "one for each column; got 3"),
         ({"support": "interval"}, r"write constraints.interval\(\.\.\.\)"),
         ({"support": ["positive"] * 3}, "names 3 columns and the flow has 2"),
         ({"support": constraints.interval(2.0, 1.0)}, "not below"),

@@ -115,6 +115,13 @@ def test_activations():
 
 
 def test_refusals():
+    with pytest.raises(OptionError, match=r"makes an nn\.Module, got int"):
+        MLP(2, 2, activation=3)
+    with pytest.raises(OptionError, match=r"such as \(128,\), got None"):
+        MLP(2, 2, hidden_dims=None)
+    for order in (3, "abc", [0.5, None, 1]):
+        with pytest.raises(OptionError, match=r"permutation of 0 \.\. 2, got"):
+            MADE(3, 1, order=order)
     with pytest.raises(OptionError, match="positive integers"):
         MLP(2, 3, hidden_dims=(8, 0))
     with pytest.raises(OptionError, match="equal hidden_dims"):

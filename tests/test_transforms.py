@@ -239,6 +239,8 @@ def test_flows_turn_their_masks_round(name):
 def test_coupling_refuses_masks_that_move_nothing():
     with pytest.raises(OptionError, match="at least one of them False"):
         T.Coupling(T.Affine(), 2, mask=[True, True])
+    with pytest.raises(OptionError, match="booleans, got 3"):
+        T.coupling_mask(3, 2)
     with pytest.raises(OptionError, match="2 booleans"):
         T.Coupling(T.Affine(), 2, mask=[True])
     with pytest.raises(OptionError, match=r"split_dim must be in 0 \.\. 2"):

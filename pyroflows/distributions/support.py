@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -65,6 +65,8 @@ def as_constraint(support: Support | None) -> constraints.Constraint | None:
             hint = f"; write constraints.{support}(...) for it" if support in _BOUNDED else ""
             raise OptionError(f"no support named {support!r}{hint}. Known names: {', '.join(_NAMED)}.")
         return as_constraint(_NAMED[support])
+    if not isinstance(support, Iterable):
+        raise OptionError(f"a support is a constraint, a name, or one for each column; got {support!r}.")
     columns = [as_constraint(column) or constraints.real for column in support]
     return constraints.cat(columns, dim=-1, lengths=[1] * len(columns))
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from pyroflows.errors import OptionError
 from pyroflows.nets.mlp import MLP, Activation, check_widths, within_reach
 
-__all__ = ["MADE"]
+__all__ = ["MADE", "check_order"]
 
 BLOCK = 8
 """How many stages are worked on with one product for all that came before them."""
@@ -82,6 +82,25 @@ def _along_graph(adjacency: Tensor, hidden_dims: Sequence[int], context_dim: int
     return _Plan(masks, levels.tolist(), [stage[index].tolist() for index in units])
 
 
+def check_order(order: Sequence[int] | None, input_dim: int) -> list[int]:
+    """The rank of each coordinate; ``None`` is as they come.
+
+    Raises:
+        OptionError: it is not a permutation of ``0 .. input_dim - 1``.
+
+    Example:
+        >>> check_order(None, 3)
+        [0, 1, 2]
+    """
+    try:
+        ranks = list(range(input_dim)) if order is None else [int(rank) for rank in order]
+    except (TypeError, ValueError):
+        ranks = []
+    if sorted(ranks) != list(range(input_dim)):
+        raise OptionError(f"order must be a permutation of 0 .. {input_dim - 1}, got {order!r}.")
+    return ranks
+
+
 def _plan(
     input_dim: int,
     order: Sequence[int] | None,
@@ -96,10 +115,7 @@ def _plan(
         if len(rows) != input_dim or any(len(row) != input_dim for row in rows):
             raise OptionError(f"adjacency must be {input_dim} rows of {input_dim} booleans.")
         return _along_graph(torch.tensor(rows) & ~torch.eye(input_dim, dtype=torch.bool), hidden_dims, context_dim)
-    ranks = list(range(input_dim)) if order is None else [int(rank) for rank in order]
-    if sorted(ranks) != list(range(input_dim)):
-        raise OptionError(f"order must be a permutation of 0 .. {input_dim - 1}, got {ranks}.")
-    return _along_order(ranks, hidden_dims, context_dim)
+    return _along_order(check_order(order, input_dim), hidden_dims, context_dim)
 
 
 def _works_on_each_number(activation: nn.Module) -> bool:

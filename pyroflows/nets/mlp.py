@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -34,7 +34,7 @@ def activation_module(activation: Activation) -> nn.Module:
     """The module of an activation given by name, class or instance.
 
     Raises:
-        OptionError: the name is unknown, or calling the class gave no module.
+        OptionError: the name is unknown, or it is no class, or calling the class gave no module.
 
     Example:
         >>> activation_module("silu")
@@ -48,7 +48,7 @@ def activation_module(activation: Activation) -> nn.Module:
             hint = f" Did you mean {near[0]!r}?" if near else ""
             raise OptionError(f"no activation {activation!r}.{hint} Known names: {', '.join(_ACTIVATIONS)}.")
         return _ACTIVATIONS[activation]()
-    module = activation()
+    module = activation() if callable(activation) else activation
     if not isinstance(module, nn.Module):
         raise OptionError(f"expected an activation that makes an nn.Module, got {type(module).__name__}.")
     return module
@@ -66,8 +66,9 @@ def check_widths(hidden_dims: Sequence[int]) -> tuple[int, ...]:
     Raises:
         OptionError: they are not a sequence of positive integers.
     """
-    if isinstance(hidden_dims, int):
-        raise OptionError(f"hidden_dims must be a sequence of widths, such as ({hidden_dims},), got {hidden_dims}.")
+    if isinstance(hidden_dims, int) or not isinstance(hidden_dims, Iterable):
+        example = hidden_dims if isinstance(hidden_dims, int) else 128
+        raise OptionError(f"hidden_dims must be a sequence of widths, such as ({example},), got {hidden_dims!r}.")
     if any(not isinstance(width, int) or width < 1 for width in hidden_dims):
         raise OptionError(f"hidden_dims must be positive integers, got {tuple(hidden_dims)}.")
     return tuple(hidden_dims)

@@ -15,6 +15,7 @@ from torch.nn.functional import linear, logsigmoid, softplus
 
 from pyroflows.errors import OptionError
 from pyroflows.nets import Activation
+from pyroflows.nets.made import check_order
 from pyroflows.numerics import monotone_root, positive, sum_last
 from pyroflows.transforms.base import FlowTransform
 
@@ -111,9 +112,7 @@ class BlockAutoregressive(FlowTransform):
         context_activation: Activation = "relu",
     ) -> None:
         super().__init__(context_dim)
-        ranks = list(range(input_dim)) if order is None else [int(rank) for rank in order]
-        if sorted(ranks) != list(range(input_dim)):
-            raise OptionError(f"order must be a permutation of 0 .. {input_dim - 1}, got {ranks}.")
+        ranks = check_order(order, input_dim)
         if any(not isinstance(width, int) or width < 1 for width in hidden_factors):
             raise OptionError(f"hidden_factors must be positive integers, got {tuple(hidden_factors)}.")
         if activation not in ("tanh", "sigmoid", "ELU", "LeakyReLU"):

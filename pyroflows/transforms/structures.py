@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -35,7 +35,7 @@ def coupling_mask(mask: str | Sequence[bool] | None, input_dim: int, *, flip: bo
         >>> coupling_mask("checkerboard", 5, flip=True)
         [False, True, False, True, False]
     """
-    if mask is not None and not isinstance(mask, str):
+    if isinstance(mask, Iterable) and not isinstance(mask, str):
         steers = [bool(steer) for steer in mask]
     elif mask in (None, "split", "checkerboard"):
         steers = [i % 2 == 0 if mask == "checkerboard" else i < input_dim // 2 for i in range(input_dim)]
