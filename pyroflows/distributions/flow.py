@@ -342,7 +342,7 @@ class Flow(nn.Module):
             ContextError: a context is missing, unexpected, or of the wrong width.
             DtypeError: the context has more digits than the flow.
         """
-        scaled = self._read(context)
+        scaled = self.read_context(context)
         transform = self.transform if scaled is None else self.transform.condition(scaled)
         return FlowDistribution(self.base(), [transform])
 
@@ -353,8 +353,13 @@ class Flow(nn.Module):
             self.register_buffer("context_loc", like.new_zeros(context_dim))
             self.register_buffer("context_scale", like.new_ones(context_dim))
 
-    def _read(self, context: Tensor | None) -> Tensor | None:
-        """The context as the layers read it, checked."""
+    def read_context(self, context: Tensor | None) -> Tensor | None:
+        """The context as the layers read it: checked, shifted and scaled as `pyroflows.fit` set it; `None` for none.
+
+        Raises:
+            ContextError: a context is missing, unexpected, or of the wrong width.
+            DtypeError: the context has more digits than the flow.
+        """
         if context is None:
             if self.context_dim:
                 raise ContextError(f"this flow was built with context_dim={self.context_dim}: call flow(context).")
@@ -377,4 +382,4 @@ class Flow(nn.Module):
             ShapeError: the rows are not points of this flow.
         """
         _check_points(x, self.data_shape)
-        self.transform.initialize(x, self._read(context))
+        self.transform.initialize(x, self.read_context(context))

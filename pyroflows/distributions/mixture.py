@@ -179,7 +179,7 @@ class Mixture(Flow):
         Raises:
             ContextError: a context is missing, unexpected, or of the wrong width.
         """
-        return FlowDistribution(self.base(self._read(context)), [self.transform])
+        return FlowDistribution(self.base(self.read_context(context)), [self.transform])
 
     def compile(self, **options: Any) -> Mixture:  # type: ignore[override]
         """Has ``torch.compile`` work on the components, as on any flow."""
@@ -196,7 +196,7 @@ class Mixture(Flow):
             context: ``[*batch, context_dim]`` if the flow reads one.
         """
         z, _ = self.transform.inverse_and_log_det(x)
-        return torch.softmax(self.base(self._read(context)).component_log_prob(z), -1)
+        return torch.softmax(self.base(self.read_context(context)).component_log_prob(z), -1)
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         """Moves the components apart: each starts around another row, the rows far from one another."""
