@@ -212,7 +212,7 @@ class FlowMatching(Objective):
         flow, layer = velocity_layer(flow)
         context = flow.read_context(context)
         with torch.no_grad():
-            data, base, end = rows, flow.base().sample((len(rows),)), float(layer.end_time)
+            data, base, end = rows, flow.base().sample((len(rows),)), _end_time(layer)
             for part in list(flow.transform)[:0:-1]:
                 data, _ = part.inverse_and_log_det(data)
             if self.coupling == "optimal_transport":
@@ -268,9 +268,13 @@ def velocity_layer(flow: Flow | Dequantized) -> tuple[Flow, ContinuousTransform]
             f"such as pf.Flow(continuous(2), standard_normal(2)), got {type(layer or flow).__name__}. "
             'Leave out objective, or take "likelihood".'
         )
-    if float(layer.end_time) == 0:
+    if _end_time(layer) == 0:
         raise OptionError("end_time is 0, so that nothing moves; flow matching needs a positive one.")
     return flow, layer
+
+
+def _end_time(layer: ContinuousTransform) -> float:
+    return float(torch.as_tensor(layer.end_time).detach())
 
 
 def as_objectives(objective: Any) -> list[Objective]:
