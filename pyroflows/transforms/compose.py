@@ -202,10 +202,12 @@ class Compose(FlowTransform):
 
     def initialize(self, y: Tensor, context: Tensor | None = None) -> None:
         """Initializes each part with the data as they reach it."""
+        first, *later = self
         with torch.no_grad():
-            for part in reversed(self):
+            for part in reversed(later):
                 part.initialize(y, context)
                 y, _ = part.inverse_and_log_det(y, context)
+            first.initialize(y, context)
 
     def forward_shape(self, shape: Sequence[int]) -> torch.Size:
         """The parts' shapes in turn."""
