@@ -3,6 +3,7 @@
 import itertools
 import math
 import sys
+import warnings
 
 import pyro.distributions as dist
 import pytest
@@ -189,14 +190,19 @@ def test_with_a_context_the_base_stays_independent_of_it():
 
 
 def test_optimal_transport_straightens_paths():
-    steps = {}
+    bends = {}
     for coupling in ("independent", "optimal_transport"):
-        flow = velocity_flow(eval_rtol=1e-6)
-        fit(flow, clusters(600), objective=FlowMatching(coupling=coupling), max_epochs=40)
-        z = torch.randn(500, 2, generator=torch.Generator().manual_seed(1))
+        flow = velocity_flow()
+        fit(flow, clusters(600), objective=FlowMatching(coupling=coupling), max_epochs=20)
+        start = x = torch.randn(500, 2, generator=torch.Generator().manual_seed(1))
+        energy = 0.0
         with torch.no_grad():
-            steps[coupling] = flow.learned.eval().flow(z).nfe
-    assert steps["optimal_transport"] < 0.8 * steps["independent"]
+            for i in range(50):
+                step = flow.learned.velocity((i + 0.5) / 50, x) / 50
+                x, energy = x + step, energy + 50 * step.square().sum(-1)
+        # What a path costs beyond the straight one between its ends, as a share of that.
+        bends[coupling] = float(energy.sum() / (x - start).square().sum()) - 1
+    assert 0 <= bends["optimal_transport"] < 0.5 * bends["independent"], bends
 
 
 # --- fits ------------------------------------------------------------------------------------------------
@@ -263,14 +269,14 @@ def test_flow_matching_selects_by_its_held_out_loss():
 
 def test_flow_matching_reads_contexts():
     generator = torch.Generator().manual_seed(0)
-    context = 50 + 10 * torch.rand(1000, 1, generator=generator)
-    x = torch.cat([context, -context], -1) + torch.randn(1000, 2, generator=generator)
+    context = 50 + 10 * torch.rand(600, 1, generator=generator)
+    x = torch.cat([context, -context], -1) + torch.randn(600, 2, generator=generator)
     for coupling in ("independent", "optimal_transport"):
         flow = velocity_flow(context_dim=1)
-        fit(flow, x, context, objective=FlowMatching(coupling=coupling), max_epochs=40)
+        fit(flow, x, context, objective=FlowMatching(coupling=coupling), max_epochs=30)
         with torch.no_grad():
             found = flow(context).log_prob(x).mean()
-        assert found == pytest.approx(-math.log(2 * math.pi * math.e), abs=0.15)
+        assert found == pytest.approx(-math.log(2 * math.pi * math.e), abs=0.25)  # a Gaussian blind to it: -4.26
 
 
 @pytest.mark.parametrize("options", [{"end_time": 3.0}, {"end_time": 0.5, "learn_end_time": True}])
@@ -279,7 +285,7 @@ def test_end_times(options):
     fit(flow, clusters(), objective="flow_matching", max_epochs=50)
     with torch.no_grad():
         assert flow().log_prob(clusters(seed=1)).mean() > -3.8  # a Gaussian comes to -4.37
-    assert float(flow.learned.end_time) == options["end_time"]
+    assert float(torch.as_tensor(flow.learned.end_time).detach()) == pytest.approx(options["end_time"])
 
 
 def test_flow_matching_works_behind_a_support_and_a_standardiser():
@@ -295,11 +301,11 @@ def test_flow_matching_works_behind_a_support_and_a_standardiser():
 def test_flow_matching_finds_its_layer_within_a_composition_and_on_another_base():
     torch.manual_seed(0)
     layer = continuous(2, hidden_dims=(32, 32), rtol=1e-4)
-    base = Base(dist.StudentT, df=torch.full((2,), 5.0), loc=torch.ones(2), scale=torch.ones(2))
+    base = Base(dist.StudentT, df=torch.full((2,), 5.0), loc=torch.ones(2), scale=torch.full((2,), 0.5))
     flow = pf.Flow(Compose([Compose([layer])]), base)
     fit(flow, clusters(), objective="flow_matching", max_epochs=50)
     with torch.no_grad():
-        assert flow().log_prob(clusters(seed=1)).mean() > -3.8
+        assert flow().log_prob(clusters(seed=1)).mean() > -4.0
 
 
 def test_flow_matching_in_float64():
@@ -383,6 +389,17 @@ def test_the_history_counts_evaluations():
     assert "nfe_forward" not in fit(pf.flow("maf", input_dim=2), clusters(50), max_epochs=1).history
 
 
+def test_the_penalties_of_solves_are_part_of_the_loss_and_of_nothing_else():
+    flow = velocity_flow(hidden_dims=(8, 8), regularize={"kinetic": 0.5})
+    history = fit(flow, clusters(100), max_epochs=2, objective=["flow_matching", "likelihood"]).history
+    penalties = history["penalty_kinetic"]
+    assert [math.isnan(value) for value in penalties] == [True, True, True, False, False]
+    assert all(value > 0 for value in penalties[3:])
+    for i in (3, 4):
+        assert history["loss"][i] == pytest.approx(0.5 * penalties[i] - history["train"][i], abs=1e-5)
+        assert history["validation_loss"][i] == -history["validation"][i]
+
+
 class Breaking(nn.Module):
     """A velocity that is NaN after a few evaluations with gradients."""
 
@@ -400,7 +417,8 @@ def test_N11_a_velocity_that_is_not_finite_ends_the_fit_with_the_best_weights(ob
     flow = pf.Flow(continuous(2, velocity=Breaking(100)), standard_normal(2))
     before = {name: value.clone() for name, value in flow.state_dict().items()}
     flow.learned.velocity.net.left = 1 if objective == "flow_matching" else 3
-    with pytest.warns(UserWarning) as caught:
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         result = fit(flow, clusters(200), objective=objective, max_epochs=30)
     assert result.stopped == "non-finite"
     assert any("not finite in 10 steps" in str(w.message) for w in caught)
