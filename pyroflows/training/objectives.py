@@ -27,6 +27,17 @@ class Objective:
 
     A subclass writes ``__call__``. The score of held-out rows is minus their mean loss, in ``eval()`` and with the
     same random numbers every time, so that two epochs differ by their weights alone.
+
+    Example:
+        >>> class Tempered(Objective):
+        ...     def __call__(self, flow, rows, context=None):
+        ...         return -flow(context).log_prob(rows).clamp(min=-20)  # rows far out count no more than this
+        >>> import pyroflows as pf
+        >>> result = pf.fit(
+        ...     pf.flow("maf", input_dim=2), torch.randn(100, 2), objective=Tempered(), max_epochs=1, progress=False
+        ... )
+        >>> result.history["epoch"]
+        [0.0, 1.0]
     """
 
     in_nats: ClassVar[bool] = True

@@ -94,7 +94,8 @@ class Run:
                 value = self._record(self._epoch(x, context, order.split(batch_size)))
                 schedule.step(value if math.isfinite(value) else -math.inf)
                 bar.update()
-                bar.set_postfix(validation=f"{value:.4f}", best=f"{self.best:.4f}", refresh=False)
+                name, sign = ("validation", 1) if objective.in_nats else ("validation_loss", -1)
+                bar.set_postfix({name: f"{sign * value:.4f}", "best": f"{sign * self.best:.4f}"}, refresh=False)
                 if self.gave_up:
                     stopped = "non-finite"
                     break
