@@ -340,6 +340,13 @@ def test_an_objective_of_ones_own():
         assert flow().log_prob(clusters(seed=1)).mean() * 2 == pytest.approx(result.validation, abs=0.5)
 
 
+def test_a_flow_may_have_an_objective_of_its_own():
+    flow = pf.flow("flow_matching", input_dim=2, hidden_dims=(8, 8))
+    assert math.isnan(fit(flow, clusters(50), max_epochs=1).train)
+    assert math.isfinite(fit(flow, clusters(50), max_epochs=1, objective="likelihood").history["train"][1])
+    assert pf.flow("maf", input_dim=2).objective == "likelihood"
+
+
 # --- elbo ------------------------------------------------------------------------------------------------
 
 
@@ -381,7 +388,7 @@ def test_elbo_on_a_support():
 
 
 def test_the_history_counts_evaluations():
-    flow = velocity_flow(hidden_dims=(8, 8))
+    flow = velocity_flow(hidden_dims=(8, 8), gradient="adjoint")
     history = fit(flow, clusters(100), max_epochs=1, objective=["flow_matching", "likelihood"]).history
     assert history["nfe_forward"][1:2] == history["nfe_backward"][1:2] == [0.0]
     assert history["nfe_forward"][2] >= 6

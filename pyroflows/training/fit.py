@@ -79,7 +79,7 @@ def fit(
     x: Any = None,
     context: Any = None,
     *,
-    objective: str | Objective | Sequence[str | Objective] = "likelihood",
+    objective: str | Objective | Sequence[str | Objective] | None = None,
     validation: float | Any = 0.1,
     max_epochs: int | Sequence[int] = 500,
     patience: int = 30,
@@ -114,7 +114,8 @@ def fit(
         context: ``[n, context_dim]``, if the flow reads one.
         objective: what to minimise: ``"likelihood"``; ``"flow_matching"``, which trains a velocity field without
             solving its differential equation; ``"mixture"``, flow matching and then likelihood; a `Likelihood`,
-            `FlowMatching`, `ELBO` or other `Objective`; or a sequence of these.
+            `FlowMatching`, `ELBO` or other `Objective`; or a sequence of these. Default ``flow.objective``, the
+            likelihood unless a recipe says otherwise.
         validation: the share of rows held out, in (0, 1); or the validation rows themselves, a pair
             ``(x, context)`` for a flow that reads a context.
         max_epochs: the most passes over the training rows; of several objectives for each, or one number for each.
@@ -154,6 +155,7 @@ def fit(
         >>> result.history["epoch"]
         [0.0, 1.0, 2.0]
     """
+    objective = getattr(flow, "objective", "likelihood") if objective is None else objective
     objectives = as_objectives(objective)
     limits = list(max_epochs) if isinstance(max_epochs, Sequence) else [max_epochs] * len(objectives)
     _check_options(flow, objectives, limits, patience, batch_size, lr, clip_norm, standardize, on_nonfinite)
