@@ -2,10 +2,11 @@
 
 from pyroflows.numerics.affine import bounded_affine
 from pyroflows.numerics.derivatives import gradients_with_graph
+from pyroflows.numerics.fallback import Fallback
 from pyroflows.numerics.logistic import deep_sigmoid, logistic_mean, mixture_parameters, mixture_weights
 from pyroflows.numerics.means import elu_mean, leaky_relu_mean, normal_mean
 from pyroflows.numerics.modes import is_differentiated, is_plainly_eager
-from pyroflows.numerics.ode import Fallback, Solution, ode_solvers, ode_tolerances, solve
+from pyroflows.numerics.ode import Solution, ode_solvers, ode_tolerances, solve
 from pyroflows.numerics.piecewise import piecewise_cubic, piecewise_linear, piecewise_quadratic
 from pyroflows.numerics.quadrature import gauss_legendre, powers
 from pyroflows.numerics.record import Record, Work, open_records, recorded

@@ -7,21 +7,21 @@ Lyons 2021, arXiv:2009.09457 (the parameters' gradient does not steer the steps)
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from pyroflows.errors import ODESolveError, OptionError
+from pyroflows.numerics.fallback import in_parts, numbered
 from pyroflows.numerics.modes import is_differentiated
 from pyroflows.numerics.runge_kutta import Round, Tableau, Velocity, take_step
 
 if TYPE_CHECKING:
     from pyroflows.numerics.ode import Problem
 
-__all__ = ["differentiable_solution", "in_parts", "numbered"]
+__all__ = ["differentiable_solution"]
 
 
 def differentiable_solution(
@@ -368,35 +368,3 @@ def _adjoint_by_torchdiffeq(
     rows.add(parts[: len(rows.places)], live)
     shared.add(parts[len(rows.places) :])
     return both
-
-
-def in_parts(
-    problem: Problem, rows: Tensor, solved: Callable[[Problem, Tensor], Tensor]
-) -> list[tuple[Tensor, Tensor]]:
-    """Rows and their solutions: of all at once, or where some are for the fallback, of these and of the others."""
-    if not len(rows):
-        return []
-    try:
-        return [(rows, solved(problem, rows))]
-    except ODESolveError as error:
-        if problem.fallback is None or not problem.fallback.takes(error):
-            raise
-        # Without numbers it is all of them, which share torchdiffeq's steps.
-        lost = torch.isin(rows, torch.tensor(error.rows or rows.tolist(), device=rows.device))
-    given_up = rows[lost]
-    rest = in_parts(problem, rows[~lost], solved)
-    try:
-        return [*rest, (given_up, solved(problem.by_fixed_steps(), given_up))]
-    except ODESolveError as error:
-        error.add_note("This was the fallback: fixed steps for rows that the solver with step control gave up.")
-        raise
-
-
-@contextmanager
-def numbered(rows: Tensor) -> Iterator[None]:
-    """Errors from inside name rows of the whole batch."""
-    try:
-        yield
-    except ODESolveError as error:
-        error.rows = tuple(rows[list(error.rows)].tolist())
-        raise

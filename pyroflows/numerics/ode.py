@@ -17,13 +17,14 @@ import torch
 from torch import Tensor
 
 from pyroflows.errors import ODESolveError, OptionError, ShapeError
-from pyroflows.numerics.adjoint import differentiable_solution, in_parts, numbered
+from pyroflows.numerics.adjoint import differentiable_solution
 from pyroflows.numerics.borrowed import borrowed_solve, borrowed_solvers
+from pyroflows.numerics.fallback import Fallback, in_parts, numbered
 from pyroflows.numerics.modes import is_plainly_eager
 from pyroflows.numerics.record import Work, open_records
 from pyroflows.numerics.runge_kutta import TABLEAUS, Control, Round, Tableau, Velocity, adapt, failure, march
 
-__all__ = ["Fallback", "Solution", "ode_solvers", "ode_tolerances", "solve"]
+__all__ = ["Solution", "ode_solvers", "ode_tolerances", "solve"]
 
 GRADIENTS = ("adjoint", "checkpoint", "direct")
 
@@ -40,44 +41,6 @@ class Solution(NamedTuple):
     state: Tensor
     nfe: int
     work: Work
-
-
-@dataclass
-class Fallback:
-    """Fixed steps for rows that a solver with step control gives up, because of ``max_nfe`` or of too small steps.
-
-    Their error is not controlled. A velocity that is not finite stays an error. Each of these objects warns once.
-
-    Args:
-        solver: ``"euler"``, ``"midpoint"`` or ``"rk4"``.
-        steps: how many steps.
-
-    Raises:
-        OptionError: the solver is another, or there is no step.
-    """
-
-    solver: str = "rk4"
-    steps: int = 200
-    warned: bool = False
-
-    def __post_init__(self) -> None:
-        if self.solver not in TABLEAUS or TABLEAUS[self.solver].error:
-            fixed = (name for name, tableau in TABLEAUS.items() if not tableau.error)
-            raise OptionError(f"Expected fallback to be one of {', '.join(fixed)}, got {self.solver!r}.")
-        if self.steps < 1:
-            raise OptionError(f"Expected at least one step, got steps={self.steps}.")
-
-    def takes(self, error: ODESolveError) -> bool:
-        """Whether it is for rows that stopped so; then it says so, the first time."""
-        takes = error.reason in ("step", "max_nfe")
-        if takes and not self.warned:
-            self.warned = True
-            warnings.warn(
-                f"A solver with step control gave up some rows ({error.reason}). They are solved by {self.steps} fixed "
-                f"steps of {self.solver!r} instead, whose error is not controlled.",
-                stacklevel=4,
-            )
-        return takes
 
 
 def ode_solvers() -> tuple[str, ...]:

@@ -80,7 +80,8 @@ class ContinuousTransform(FlowTransform):
     ``record.penalties``, and their weighted sum, in ``record.penalty()``. `pyroflows.fit` adds that to its loss. In a
     loop of your own add it yourself; in a guide, ``pyro.factor("path", record.penalty(), has_rsample=True)`` does, and
     in a model its negative. Elsewhere they cost nothing. They do not steer the steps: they change no density, and their
-    own error is not bounded by the tolerances.
+    own error is not bounded by the tolerances. To the time of a training step with a `VelocityMLP`, ``kinetic`` adds
+    about nothing, ``jacobian`` 0.4 of it and ``acceleration`` 2.5; with a `PotentialGradient`, ``hjb`` adds 0.2 to 0.6.
 
     Args:
         velocity: a `Velocity`, or a module ``net(t, x)`` or ``net(t, x, context)``; see `as_velocity`.
@@ -189,7 +190,8 @@ class ContinuousTransform(FlowTransform):
 
     def extra_repr(self) -> str:
         """The sizes and settings."""
-        named = ", ".join(f"{name}={value!r}" for name, value in self.settings.items() if value is not None)
+        shown = {**self.settings, "regularize": self.regularize or None}
+        named = ", ".join(f"{name}={value!r}" for name, value in shown.items() if value is not None)
         return f"input_dim={self.input_dim}, context_dim={self.context_dim}, divergence={self.divergence!r}, {named}"
 
     def tolerance(self, dtype: torch.dtype) -> float:
