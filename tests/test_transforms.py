@@ -647,3 +647,20 @@ def test_parameters_that_are_frozen_before_the_backward_pass_get_no_gradient(nam
 
     for found, expected in zip(gradients(True), gradients(False), strict=True):
         assert torch.allclose(found, expected, rtol=1e-6, atol=1e-8)
+
+
+def test_a_coupling_of_many_numbers_has_the_gradients_of_one_of_few(monkeypatch):
+    layer = pf.transform("affine_coupling", input_dim=5).double()
+    x = torch.randn(6, 5, dtype=torch.float64, requires_grad=True)
+    found = []
+    for least in (1, 2**40):
+        monkeypatch.setattr("pyroflows.numerics.parts.MANY", least)
+        y, log_det = layer.forward_and_log_det(x)
+        assert ("_Together" in str(y.grad_fn)) == (least == 1)
+        loss = y.sin().sum() + log_det.cos().sum()
+        (first,) = torch.autograd.grad(loss, x, create_graph=True)
+        found.append([y, first, *torch.autograd.grad(first.cos().sum(), x)])
+        rows = torch.stack([y.detach(), torch.ones_like(y)])
+        found[-1] += torch.autograd.grad(layer.forward_and_log_det(x)[0], x, rows, is_grads_batched=True)
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)

@@ -7,6 +7,7 @@ from pyroflows.numerics.logistic import deep_sigmoid, logistic_mean, mixture_par
 from pyroflows.numerics.means import elu_mean, leaky_relu_mean, normal_mean
 from pyroflows.numerics.modes import is_differentiated, is_plainly_eager
 from pyroflows.numerics.ode import Solution, ode_solvers, ode_tolerances, solve
+from pyroflows.numerics.parts import apart, together
 from pyroflows.numerics.piecewise import piecewise_cubic, piecewise_linear, piecewise_quadratic
 from pyroflows.numerics.quadrature import gauss_legendre, powers
 from pyroflows.numerics.record import Record, Work, open_records, recorded
@@ -31,6 +32,7 @@ __all__ = [
     "Solution",
     "Trace",
     "Work",
+    "apart",
     "bounded_affine",
     "bounded_log_scale",
     "deep_sigmoid",
@@ -64,5 +66,6 @@ __all__ = [
     "recorded",
     "solve",
     "sum_last",
+    "together",
     "total_derivative",
 ]

@@ -11,7 +11,7 @@ from torch.distributions import constraints
 
 from pyroflows.errors import OptionError
 from pyroflows.nets import MADE, MLP, Activation
-from pyroflows.numerics import gradients_with_graph, is_differentiated, is_plainly_eager, sum_last
+from pyroflows.numerics import apart, gradients_with_graph, is_differentiated, is_plainly_eager, sum_last, together
 from pyroflows.transforms.base import FlowTransform
 from pyroflows.transforms.maps import UnivariateMap
 from pyroflows.transforms.replaced import call_with
@@ -180,12 +180,12 @@ class Coupling(_Mapped):
     def _apply_map(self, value: Tensor, context: Tensor | None, direction: Any) -> tuple[Tensor, Tensor]:
         self.check_width(value, self.input_dim)
         self.check_context(context)
-        kept, moved = value.index_select(-1, self.kept), value.index_select(-1, self.moved)
+        kept, moved = apart(value, self.kept, self.moved, self.back)
         params = self.net(kept if kept.shape[-1] else None, context if self.context_dim else None)
         params = params.to(value.dtype)  # under autocast the network's output has another
         result, log_slope = direction(moved, params.unflatten(-1, (-1, self.map.params)))
         kept = kept.expand(*result.shape[:-1], -1)  # a context may have more batch dimensions
-        return torch.cat([kept, result], -1).index_select(-1, self.back), sum_last(log_slope)
+        return together(kept, result, self.kept, self.moved, self.back), sum_last(log_slope)
 
     def forward_and_log_det(self, x: Tensor, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The map of the coordinates that are moved."""
