@@ -3,6 +3,7 @@
 from pyroflows.distributions.augmented import Augmented, AugmentedDistribution
 from pyroflows.distributions.base import Base, LearnedStudentT, standard_normal
 from pyroflows.distributions.block import bnaf
+from pyroflows.distributions.bounded import Bounded
 from pyroflows.distributions.continuous import ffjord, flow_matching, otflow, rnode
 from pyroflows.distributions.flow import Flow, FlowDistribution, Standardize
 from pyroflows.distributions.images import dequantizer, glow, realnvp_image
@@ -16,6 +17,7 @@ __all__ = [
     "Augmented",
     "AugmentedDistribution",
     "Base",
+    "Bounded",
     "Dequantized",
     "Flow",
     "FlowDistribution",

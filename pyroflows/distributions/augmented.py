@@ -13,9 +13,10 @@ from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import constraints
 
+from pyroflows.distributions.bounded import Bounded
 from pyroflows.distributions.flow import Flow, FlowDistribution, Standardize
 from pyroflows.distributions.support import Support
 from pyroflows.errors import OptionError, ShapeError
@@ -38,17 +39,14 @@ class AugmentedDistribution(dist.TorchDistribution):
     Args:
         density: the distribution of ``[*batch, D + extra]``.
         extra: how many of the last coordinates are noise.
-        noise: gives, for points ``[*batch, D]`` and a number, so many draws ``[n, *batch, extra]`` and their
-            log-densities ``[n, *batch]``.
+        noise: gives the distribution of the noise, ``[*batch, extra]``, of points ``[*batch, D]``.
     """
 
     arg_constraints: ClassVar[dict[str, Any]] = {}
     support = constraints.real_vector
     has_rsample = True
 
-    def __init__(
-        self, density: FlowDistribution, extra: int, noise: Callable[[Tensor, int], tuple[Tensor, Tensor]]
-    ) -> None:
+    def __init__(self, density: FlowDistribution, extra: int, noise: Callable[[Tensor], FlowDistribution]) -> None:
         self.density, self.extra, self.noise = density, extra, noise
         super().__init__(density.batch_shape, torch.Size([density.event_shape[0] - extra]), validate_args=None)
 
@@ -64,6 +62,20 @@ class AugmentedDistribution(dist.TorchDistribution):
         """Exact samples ``[*sample_shape, *batch, D]``."""
         with torch.no_grad():
             return self.rsample(sample_shape)
+
+    def rsample_with_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
+        r"""Samples, and estimates of their log-densities from above: :math:`\log p(x, e) - \log q(e | x)` of their own
+        noise, on average above :math:`\log p(x)`.
+
+        So an ELBO stays a lower bound if it is made of them, as that of `pyroflows.fit` is. That of Pyro, which scores
+        samples by ``log_prob``, would not.
+
+        Args:
+            sample_shape: how many samples, in which shape.
+        """
+        points, log_p = self.density.rsample_with_log_prob(sample_shape)
+        value, noise = points.split([self.event_shape[0], self.extra], -1)
+        return value, log_p - self.noise(value).log_prob(noise)
 
     def bound(self, value: Tensor, samples: int = 1) -> Tensor:
         """A lower bound of the log-density ``[*sample, *batch]`` in nats, random.
@@ -83,16 +95,17 @@ class AugmentedDistribution(dist.TorchDistribution):
         if self._validate_args and value.numel():
             self._validate_sample(value)
         value = value.expand(*torch.broadcast_shapes(value.shape[:-1], self.batch_shape), -1)
-        noise, log_q = self.noise(value, samples)
+        q = self.noise(value)
+        noise = q.rsample((samples,))
         points = torch.cat([value.expand(samples, *value.shape), noise], -1)
-        return torch.logsumexp(self.density.log_prob(points) - log_q, 0) - math.log(samples)
+        return torch.logsumexp(self.density.log_prob(points) - q.log_prob(noise), 0) - math.log(samples)
 
     def log_prob(self, value: Tensor) -> Tensor:
         """The `bound` from one draw of the noise: random, and below the log-density on average."""
         return self.bound(value)
 
 
-class Augmented(nn.Module):
+class Augmented(Bounded):
     r"""A flow of :math:`(x, e)` as a distribution of :math:`x`; its call gives an `AugmentedDistribution`.
 
     Paths of a continuous-time flow do not cross, so it cannot tear a density apart; with coordinates to spare, they
@@ -118,7 +131,7 @@ class Augmented(nn.Module):
     """
 
     def __init__(self, flow: Flow, extra: int, noise: Flow | None = None) -> None:
-        super().__init__()
+        super().__init__(flow)
         if len(flow.event_shape) != 1 or not flow.standardizes or flow.declared_support is not None:
             raise OptionError(f"expected a flow of vectors without a support, got points on {flow.support}.")
         if not isinstance(extra, int) or not 0 < extra < flow.input_dim:
@@ -129,9 +142,7 @@ class Augmented(nn.Module):
                 f"the noise must be a flow of vectors ({extra},) with context_dim={dim + flow.context_dim}, got "
                 f"{tuple(noise.event_shape)} and {noise.context_dim}."
             )
-        self.flow, self.extra, self.noise = flow, extra, noise
-        self.context_dim, self.input_dim = flow.context_dim, dim
-        self.data_shape = self.event_shape = torch.Size([dim])
+        self.extra, self.noise = extra, noise
 
     def forward(self, context: Tensor | None = None) -> AugmentedDistribution:
         """The distribution, with the context's batch shape.
@@ -142,30 +153,28 @@ class Augmented(nn.Module):
         Raises:
             ContextError: a context is missing, unexpected, or of the wrong width.
         """
-        return AugmentedDistribution(self.flow(context), self.extra, lambda x, n: self._draw(x, context, n))
+        return AugmentedDistribution(self.flow(context), self.extra, lambda x: self._noise_at(x, context))
 
-    def _draw(self, x: Tensor, context: Tensor | None, samples: int) -> tuple[Tensor, Tensor]:
+    def _noise_at(self, x: Tensor, context: Tensor | None) -> FlowDistribution:
+        """The distribution of the noise of points ``[*batch, D]``."""
         if self.noise is None:
-            noise = torch.randn(samples, *x.shape[:-1], self.extra, dtype=x.dtype, device=x.device)
-            return noise, dist.Normal(0.0, 1.0).log_prob(noise).sum(-1)
-        standardize = self.flow.standardize
+            zero = x.new_zeros(*x.shape[:-1], self.extra)
+            return FlowDistribution(
+                dist.Normal(zero, torch.ones_like(zero)).to_event(1), [Standardize((self.extra,)).to(x)]
+            )
+        standardize = self.standardize
         assert standardize is not None  # checked when it was built
         seen = (x - standardize.loc[: self.input_dim]) / standardize.scale[: self.input_dim]
         if context is not None:
             scaled = (context - self.context_loc) / self.context_scale
             seen = torch.cat([seen, scaled.expand(*x.shape[:-1], -1)], -1)
-        return self.noise(seen).rsample_with_log_prob((samples,))
-
-    def augment(self, x: Tensor, context: Tensor | None = None) -> Tensor:
-        """Points ``[*batch, D]`` with a draw of their noise: points of the flow ``[*batch, D + extra]``."""
-        with torch.no_grad():
-            return torch.cat([x, self._draw(x, context, 1)[0].squeeze(0)], -1)
+        return self.noise(seen)
 
     def initialize(self, x: Tensor, context: Tensor | None = None) -> None:
         """Sets the starting values of layers that take them from data, from rows ``x`` ``[n, D]``."""
-        self.flow.initialize(self.augment(x, context), context)
-
-    # --- what pyroflows.fit asks of a flow --------------------------------------------------------------
+        with torch.no_grad():
+            noise = self._noise_at(x, context).sample()
+        self.flow.initialize(torch.cat([x, noise], -1), context)
 
     @property
     def support(self) -> constraints.Constraint:
@@ -173,9 +182,14 @@ class Augmented(nn.Module):
         return constraints.real_vector
 
     @property
-    def declared_support(self) -> None:
-        """None: the points are any real vectors."""
-        return None
+    def input_dim(self) -> int:
+        """The number of coordinates of a point, without the noise."""
+        return self.flow.input_dim - self.extra
+
+    @property
+    def data_shape(self) -> torch.Size:
+        """The shape of a point, without the noise."""
+        return torch.Size([self.input_dim])
 
     def constrain(self, support: Support | None) -> None:
         """Refuses a support.
@@ -189,18 +203,3 @@ class Augmented(nn.Module):
     def unconstrained(self, x: Tensor) -> Tensor:
         """Points with standard normal noise: what is standardised."""
         return torch.cat([x, torch.randn(*x.shape[:-1], self.extra, dtype=x.dtype, device=x.device)], -1)
-
-    @property
-    def standardize(self) -> Standardize | None:
-        """The flow's standardiser, of points with their noise."""
-        return self.flow.standardize
-
-    @property
-    def context_loc(self) -> Tensor:
-        """The flow's shift of contexts."""
-        return self.flow.context_loc
-
-    @property
-    def context_scale(self) -> Tensor:
-        """The flow's scale of contexts."""
-        return self.flow.context_scale

@@ -12,11 +12,11 @@ from typing import Any, ClassVar
 
 import pyro.distributions as dist
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.distributions import constraints
 
-from pyroflows.distributions.flow import Flow, Standardize
-from pyroflows.distributions.support import Support
+from pyroflows.distributions.bounded import Bounded
+from pyroflows.distributions.flow import Flow
 from pyroflows.errors import OptionError
 
 __all__ = ["Dequantized", "PixelDistribution", "bits_per_dim", "logit_interval"]
@@ -133,7 +133,7 @@ class PixelDistribution(dist.TorchDistribution):
         return bits_per_dim(self.log_prob(value, samples), self.event_shape)
 
 
-class Dequantized(nn.Module):
+class Dequantized(Bounded):
     """A flow of images as a distribution of pixels that are integers; its call gives a `PixelDistribution`.
 
     Args:
@@ -158,7 +158,7 @@ class Dequantized(nn.Module):
     """
 
     def __init__(self, flow: Flow, levels: int = 256, noise: Flow | None = None) -> None:
-        super().__init__()
+        super().__init__(flow)
         if not isinstance(levels, int) or levels < 2:
             raise OptionError(f"levels must be an integer above 1, got {levels!r}.")
         if noise is not None and (noise.event_shape, noise.context_dim) != (flow.event_shape, flow.input_dim):
@@ -166,8 +166,7 @@ class Dequantized(nn.Module):
                 f"the noise must be a flow of images {tuple(flow.event_shape)} with context_dim={flow.input_dim}, got "
                 f"{tuple(noise.event_shape)} and {noise.context_dim}. Build it with dequantizer."
             )
-        self.flow, self.levels, self.noise = flow, levels, noise
-        self.context_dim = flow.context_dim
+        self.levels, self.noise = levels, noise
 
     def forward(self, context: Tensor | None = None) -> PixelDistribution:
         """The distribution, with the context's batch shape.
@@ -189,47 +188,11 @@ class Dequantized(nn.Module):
         """Sets the starting values of layers that take them from data, from images ``x`` ``[n, C, H, W]``."""
         self.flow.initialize(self.dequantize(x), context)
 
-    # --- what pyroflows.fit asks of a flow --------------------------------------------------------------
-
     @property
     def support(self) -> constraints.Constraint:
         """Integers below the number of levels."""
         return _whole_numbers(self.levels, self.flow.event_shape)
 
-    @property
-    def input_dim(self) -> int:
-        """The number of coordinates of an image."""
-        return self.flow.input_dim
-
-    @property
-    def data_shape(self) -> torch.Size:
-        """The shape of an image."""
-        return self.flow.data_shape
-
-    @property
-    def declared_support(self) -> constraints.Constraint | None:
-        """Where the flow says that the noisy images live."""
-        return self.flow.declared_support
-
-    def constrain(self, support: Support | None) -> None:
-        """Declares where the noisy images live, of the flow."""
-        self.flow.constrain(support)
-
     def unconstrained(self, x: Tensor) -> Tensor:
         """Noisy images before the map to their support: what is standardised."""
         return self.flow.unconstrained(self.dequantize(x))
-
-    @property
-    def standardize(self) -> Standardize | None:
-        """The flow's standardiser."""
-        return self.flow.standardize
-
-    @property
-    def context_loc(self) -> Tensor:
-        """The flow's shift of contexts."""
-        return self.flow.context_loc
-
-    @property
-    def context_scale(self) -> Tensor:
-        """The flow's scale of contexts."""
-        return self.flow.context_scale

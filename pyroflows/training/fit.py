@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from tqdm import tqdm
 
-from pyroflows.distributions import Dequantized, Flow
+from pyroflows.distributions import Bounded, Flow
 from pyroflows.distributions.support import Support
 from pyroflows.errors import ContextError, DataError, OptionError, TooFewRows
 from pyroflows.training.data import check_context, check_rows, check_spread, check_support, entry
@@ -49,7 +49,7 @@ class FitResult:
         score: what ``"train"`` and ``"validation"`` are, ``"log-likelihood"`` or ``"ELBO"``.
     """
 
-    flow: Flow | Dequantized
+    flow: Flow | Bounded
     history: dict[str, list[float]] = field(repr=False)
     best_epoch: int
     stopped: str
@@ -75,7 +75,7 @@ class FitResult:
 
 
 def fit(
-    flow: Flow | Dequantized,
+    flow: Flow | Bounded,
     x: Any = None,
     context: Any = None,
     *,
@@ -106,8 +106,8 @@ def fit(
     started from unless it finds better ones.
 
     Args:
-        flow: the flow to fit, in place; training continues from its present weights. Of a `Dequantized` flow the
-            lower bound of the likelihood is what rises, and ``x`` are images of whole numbers.
+        flow: the flow to fit, in place; training continues from its present weights. Of a `Dequantized` or
+            `Augmented` flow the lower bound of the likelihood is what rises.
         x: rows ``[n, input_dim]``: a tensor, array, data frame or nested list of numbers. For a flow whose points have
             another shape, as images and matrices have, ``[n, *flow.data_shape]``.
             Leave it out for an `ELBO`, which reads none.
@@ -223,7 +223,7 @@ def _check_options(
     standardize: str | None,
     on_nonfinite: str,
 ) -> None:
-    if not isinstance(flow, Flow | Dequantized):
+    if not isinstance(flow, Flow | Bounded):
         raise OptionError(
             f"fit trains a pyroflows.Flow, such as pf.flow('nsf', input_dim=2); got {type(flow).__name__}. "
             "Train a guide with pyro.infer.SVI."
@@ -249,7 +249,7 @@ _Rows = tuple[Tensor, Tensor | None]
 
 
 def _split(
-    flow: Flow | Dequantized, x: Any, context: Any, validation: Any, like: Tensor, seed: int, draws: int
+    flow: Flow | Bounded, x: Any, context: Any, validation: Any, like: Tensor, seed: int, draws: int
 ) -> tuple[_Rows, _Rows]:
     """Training and validation rows, checked; without rows x something to count, of as many contexts or draws."""
     if (context is None) != (flow.context_dim == 0):
@@ -304,7 +304,7 @@ def _location_and_scale(rows: Tensor, how: str) -> tuple[Tensor, Tensor]:
     return middle.to(rows.dtype), spread.to(rows.dtype)
 
 
-def _standardize(flow: Flow | Dequantized, x: Tensor | None, context: Tensor | None, how: str) -> None:
+def _standardize(flow: Flow | Bounded, x: Tensor | None, context: Tensor | None, how: str) -> None:
     with torch.no_grad():
         if x is not None and flow.standardize is not None:
             rows = flow.unconstrained(x)

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from torch import Tensor
 
-from pyroflows.distributions import Dequantized, Flow
+from pyroflows.distributions import Bounded, Flow
 from pyroflows.errors import NotReparametrized, OptionError, ShapeError
 from pyroflows.transforms import Compose, ContinuousTransform, FlowTransform
 
@@ -51,7 +51,7 @@ class Objective:
     score: ClassVar[str] = "log-likelihood"
     """What the score in nats is called."""
 
-    def __call__(self, flow: Flow | Dequantized, rows: Tensor, context: Tensor | None = None) -> Tensor:
+    def __call__(self, flow: Flow | Bounded, rows: Tensor, context: Tensor | None = None) -> Tensor:
         """The loss of each row ``[rows]``, differentiable.
 
         Args:
@@ -61,7 +61,7 @@ class Objective:
         """
         raise NotImplementedError
 
-    def check(self, flow: Flow | Dequantized) -> None:
+    def check(self, flow: Flow | Bounded) -> None:
         """Raises `OptionError` for a flow that it cannot fit."""
 
 
@@ -74,7 +74,7 @@ class Likelihood(Objective):
         torch.Size([5])
     """
 
-    def __call__(self, flow: Flow | Dequantized, rows: Tensor, context: Tensor | None = None) -> Tensor:
+    def __call__(self, flow: Flow | Bounded, rows: Tensor, context: Tensor | None = None) -> Tensor:
         return -flow(context).log_prob(rows)
 
 
@@ -113,12 +113,12 @@ class ELBO(Objective):
             raise OptionError(f"samples must be an integer of at least 4, got {samples!r}.")
         self.log_density, self.samples = log_density, samples
 
-    def check(self, flow: Flow | Dequantized) -> None:
+    def check(self, flow: Flow | Bounded) -> None:
         context = torch.zeros(1, flow.context_dim).to(next(flow.parameters())) if flow.context_dim else None
         if not flow(context).has_rsample:
             raise NotReparametrized("this flow has no samples that can be differentiated, which an ELBO takes.")
 
-    def __call__(self, flow: Flow | Dequantized, rows: Tensor, context: Tensor | None = None) -> Tensor:
+    def __call__(self, flow: Flow | Bounded, rows: Tensor, context: Tensor | None = None) -> Tensor:
         if context is None:
             z, log_q = flow().rsample_with_log_prob((len(rows),))
             log_p = self.log_density(z)
@@ -213,13 +213,13 @@ class FlowMatching(Objective):
     def __repr__(self) -> str:
         return f"FlowMatching({self.path!r}, coupling={self.coupling!r}, sigma={self.sigma})"
 
-    def check(self, flow: Flow | Dequantized) -> None:
+    def check(self, flow: Flow | Bounded) -> None:
         if not any(p.requires_grad for p in velocity_layer(flow)[1].velocity.parameters()):
             raise OptionError("the velocity has no trainable parameters, and flow matching trains nothing else.")
         if self.coupling == "optimal_transport" and not self.bridge:
             _assignment()
 
-    def __call__(self, flow: Flow | Dequantized, rows: Tensor, context: Tensor | None = None) -> Tensor:
+    def __call__(self, flow: Flow | Bounded, rows: Tensor, context: Tensor | None = None) -> Tensor:
         flow, layer = velocity_layer(flow)
         context = flow.read_context(context)
         with torch.no_grad():
@@ -264,7 +264,7 @@ class FlowMatching(Objective):
         return torch.from_numpy(columns).to(data.device)
 
 
-def velocity_layer(flow: Flow | Dequantized) -> tuple[Flow, ContinuousTransform]:
+def velocity_layer(flow: Flow | Bounded) -> tuple[Flow, ContinuousTransform]:
     """The flow, and the one layer of it that has a velocity.
 
     Raises:

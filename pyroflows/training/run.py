@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from pyroflows.distributions import Dequantized, Flow
+from pyroflows.distributions import Bounded, Flow
 from pyroflows.errors import NonFiniteLoss, ODESolveError
 from pyroflows.numerics.record import recorded
 from pyroflows.training.objectives import Likelihood, Objective
@@ -33,7 +33,7 @@ def seeded(seed: int, device: torch.device) -> Iterator[None]:
         yield
 
 
-def rows_of(flow: Flow | Dequantized, numbers: int, *, at_most: int) -> int:
+def rows_of(flow: Flow | Bounded, numbers: int, *, at_most: int) -> int:
     """How many points have so many numbers, so that images take no more memory than vectors."""
     return max(2, min(at_most, numbers // max(1, flow.input_dim)))
 
@@ -43,7 +43,7 @@ class Run:
 
     def __init__(
         self,
-        flow: Flow | Dequantized,
+        flow: Flow | Bounded,
         parameters: Sequence[Tensor],
         held_x: Tensor,
         held_context: Tensor | None,
