@@ -64,9 +64,9 @@ class AugmentedDistribution(dist.TorchDistribution):
             return self.rsample(sample_shape)
 
     def rsample_with_log_prob(self, sample_shape: Sequence[int] = ()) -> tuple[Tensor, Tensor]:
-        r"""Samples, and estimates of their log-densities from above: :math:`\log p(x, e) - \log q(e | x)` of their own
-        noise, on average above :math:`\log p(x)`.
+        r"""Differentiable samples, and random upper bounds of their log-densities.
 
+        A sample is scored with its own noise, :math:`\log p(x, e) - \log q(e | x)`, on average above :math:`\log p(x)`.
         So an ELBO stays a lower bound if it is made of them, as that of `pyroflows.fit` is. That of Pyro, which scores
         samples by ``log_prob``, would not.
 

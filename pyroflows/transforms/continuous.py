@@ -69,12 +69,10 @@ class ContinuousTransform(FlowTransform):
 
     Regularisers keep the way straight and the steps few. They are integrals along it, found in the same solve:
 
-    ================ ==================================================== =================================
-    ``kinetic``      :math:`\int_0^T |v|^2\, dt`                          arXiv:2002.02798
-    ``jacobian``     :math:`\int_0^T \|\partial v / \partial z\|_F^2\, dt` the same; from the probes of the estimate
-    ``acceleration`` :math:`\int_0^T |\ddot z|^2\, dt`                    arXiv:2007.04504, of order two
-    ``hjb``          :math:`\int_0^T |\partial_t \Phi - |v|^2 / 2|\, dt`   arXiv:2006.00104; of a `PotentialGradient`
-    ================ ==================================================== =================================
+    - ``kinetic``: :math:`\int_0^T |v|^2\, dt` (arXiv:2002.02798);
+    - ``jacobian``: :math:`\int_0^T \|\partial v / \partial z\|_F^2\, dt` (the same), from the probes of the estimate;
+    - ``acceleration``: :math:`\int_0^T |\ddot z|^2\, dt` (arXiv:2007.04504, of order two);
+    - ``hjb``: :math:`\int_0^T |\partial_t \Phi - |v|^2 / 2|\, dt` of a `PotentialGradient` (arXiv:2006.00104).
 
     In training mode, a solve inside of `pyroflows.recorded` gives them to the record: their mean over the rows, in
     ``record.penalties``, and their weighted sum, in ``record.penalty()``. `pyroflows.fit` adds that to its loss. In a
