@@ -54,12 +54,16 @@ def searches(case):
 
 
 SOLVES = ("continuous", "ffjord", "flow_matching", "otflow", "rnode")
-"""Where both directions solve a differential equation, so that one draw takes as long as ten searches."""
+"""Where both directions solve a differential equation, so that one draw takes as long as ten searches. Those of the
+everyday tests are in test_continuous.py."""
+TRAINED_OTHERWISE = ("flow_matching", "rnode")
+"""Flows that are an ffjord but for how they are trained."""
 
 
 def marks(case):
-    second = (case.group == "pyroflows.distributions" or case.name in SOLVES) and case.variant > 0
-    return pytest.param(case, id=case.label, marks=pytest.mark.slow if second or dear(case) else ())
+    second = case.group == "pyroflows.distributions" and case.variant > 0
+    slow = second or dear(case) or case.name in SOLVES
+    return pytest.param(case, id=case.label, marks=pytest.mark.slow if slow else ())
 
 
 @pytest.mark.parametrize("case", [marks(case) for case in BUILT_IN])
@@ -71,6 +75,8 @@ def test_registered(case):
         sizes = {"input_dims": (1, 3), "scales": (1.0,)}
     if case.name in SOLVES:
         sizes = {"input_dims": (2,), "context_dims": (3,), "scales": (0.5,)}
+    if case.name in TRAINED_OTHERWISE:
+        sizes["laws"] = ("start", "round_trip", "log_det", "joint", "flow_copies", "training_step")
     report = CHECKS[case.group](case.name, variants=(variants(case)[case.variant],), **sizes)
     assert report.ok
     assert not report.understated
@@ -83,7 +89,8 @@ LAYERS = [case for case in BUILT_IN if case.group == "pyroflows.transforms"]
 @pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.label)
 def test_registered_at_the_other_sizes_and_scales(case):
     if case.name in SOLVES:
-        sizes = {"input_dims": (3,), "context_dims": (0,), "scales": (1.0,)}
+        laws = ("round_trip", "log_det", "gradients", "rows", "extreme_inputs", "extreme_parameters")
+        sizes = {"input_dims": (3,), "context_dims": (0,), "scales": (1.0,), "laws": laws}
     elif searches(case):
         sizes = {"input_dims": (5,), "scales": (1.0, 2.0)}
     else:
