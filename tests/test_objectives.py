@@ -155,9 +155,22 @@ def test_times_are_stratified_and_inside():
 
 def test_the_coupling_is_the_cheapest_of_all():
     base, data = torch.randn(2, 6, 2, generator=torch.Generator().manual_seed(0))
-    partners = FlowMatching(coupling="optimal_transport")._partners(base, data, None)
+    coupled = FlowMatching(coupling="optimal_transport")._coupled(base, data, None)
     costs = {order: float((base[list(order)] - data).square().sum()) for order in itertools.permutations(range(6))}
-    assert tuple(partners.tolist()) == min(costs, key=costs.get)
+    assert torch.equal(coupled, base[list(min(costs, key=costs.get))])
+
+
+def test_the_coupling_is_within_groups():
+    flow = velocity_flow(hidden_dims=(8, 8))
+    seen = []
+
+    class Watched(FlowMatching):
+        def _coupled(self, base, data, context):
+            seen.append(len(data))
+            return super()._coupled(base, data, context)
+
+    assert Watched(coupling="optimal_transport", group=8)(flow, clusters(20)).shape == (20,)
+    assert seen == [8, 8, 4]
 
 
 def test_the_coupling_of_bridges_is_entropic():
@@ -171,8 +184,8 @@ def test_the_coupling_of_bridges_is_entropic():
     # Of the form u C v: every two-by-two minor of the plan over the kernel vanishes.
     ratio = plan / torch.exp(-cost / 0.5)
     assert ratio[1:, 1:] * ratio[0, 0] == pytest.approx(ratio[1:, :1] * ratio[:1, 1:], rel=1e-9)
-    exact = FlowMatching(coupling="optimal_transport")._partners(base, data, None)
-    assert torch.equal(_entropic_plan(cost, 0.01, rounds=2000).argmax(1), exact)
+    exact = FlowMatching(coupling="optimal_transport")._coupled(base, data, None)
+    assert torch.equal(base[_entropic_plan(cost, 0.01, rounds=2000).argmax(1)], exact)
 
 
 def test_with_a_context_the_base_stays_independent_of_it():
@@ -181,8 +194,8 @@ def test_with_a_context_the_base_stays_independent_of_it():
     data = 6 * label - 3 + 0.5 * torch.randn(400, 1, generator=generator)
     base = torch.randn(400, 1, generator=generator)
     objective = FlowMatching(coupling="optimal_transport")
-    blind = base[objective._partners(base, data, None)]
-    aware = base[objective._partners(base, data, 2 * label - 1)]
+    blind = objective._coupled(base, data, None)
+    aware = objective._coupled(base, data, 2 * label - 1)
     # Blind to the label, the upper half of the base goes with the upper label.
     assert abs(float(blind[label == 1].mean() - blind[label == 0].mean())) > 1.2
     assert abs(float(aware[label == 1].mean() - aware[label == 0].mean())) < 0.25
@@ -465,6 +478,7 @@ def test_objectives_that_there_are_not(objective, message):
     [
         (lambda: FlowMatching("straight"), "no path 'straight'"),
         (lambda: FlowMatching(coupling="ot"), "coupling must be"),
+        (lambda: FlowMatching(group=1), "group must be an integer of at least 2"),
         (lambda: FlowMatching(sigma=1.0), "sigma of the path 'optimal_transport' must be at least 0"),
         (lambda: FlowMatching("schroedinger_bridge", sigma=0.0), "must be positive"),
         (lambda: FlowMatching(context_weight=math.inf), "context_weight"),

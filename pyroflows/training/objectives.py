@@ -161,8 +161,9 @@ class FlowMatching(Objective):
     Args:
         path: the name of one of the paths.
         coupling: which points of the base go with which rows: ``"independent"``, or ``"optimal_transport"`` within
-            each batch (by scipy; for bridges entropic, by Sinkhorn's iteration with :math:`2 \sigma^2`), which
+            groups of rows (by scipy; for bridges entropic, by Sinkhorn's iteration with :math:`2 \sigma^2`), which
             straightens the field, so that solves take fewer steps. Default independent, for bridges optimal transport.
+        group: how many rows such a group has at most. The work for a row grows with its square.
         sigma: :math:`\sigma`. Of bridges their noise, default 0.5; else the share of the base that is left at the data,
             default 0.
         context_weight: with optimal transport and a context, pairing a base point drawn with one row's context to
@@ -192,6 +193,7 @@ class FlowMatching(Objective):
         path: Literal["optimal_transport", "variance_preserving", "schroedinger_bridge"] = "optimal_transport",
         *,
         coupling: Literal["independent", "optimal_transport"] | None = None,
+        group: int = 64,
         sigma: float | None = None,
         context_weight: float = 100.0,
     ) -> None:
@@ -199,6 +201,8 @@ class FlowMatching(Objective):
             raise OptionError(f"no path {path!r}. Known names: {', '.join(PATHS)}.")
         if coupling not in (None, "independent", "optimal_transport"):
             raise OptionError(f'coupling must be "independent", "optimal_transport" or None, got {coupling!r}.')
+        if not isinstance(group, int) or group < 2:
+            raise OptionError(f"group must be an integer of at least 2, got {group!r}.")
         self.bridge = path == "schroedinger_bridge"
         if sigma is None:
             sigma = 0.5 if self.bridge else 0.0
@@ -207,7 +211,7 @@ class FlowMatching(Objective):
             raise OptionError(f"sigma of the path {path!r} must be {bounds}, got {sigma!r}.")
         if not 0 < context_weight < math.inf:
             raise OptionError(f"context_weight must be positive and finite, got {context_weight!r}.")
-        self.path, self.sigma, self.context_weight = path, float(sigma), float(context_weight)
+        self.path, self.group, self.sigma, self.context_weight = path, group, float(sigma), float(context_weight)
         self.coupling = coupling or ("optimal_transport" if self.bridge else "independent")
 
     def __repr__(self) -> str:
@@ -227,7 +231,10 @@ class FlowMatching(Objective):
             for part in list(flow.transform)[:0:-1]:
                 data, _ = part.inverse_and_log_det(data)
             if self.coupling == "optimal_transport":
-                base = base[self._partners(base, data, context)]
+                groups = torch.arange(len(data), device=data.device).split(self.group)
+                base = torch.cat(
+                    [self._coupled(base[i], data[i], None if context is None else context[i]) for i in groups]
+                )
             s = _times(data)
             x, velocity = self.point(s, base, data, torch.randn_like(data) if self.bridge else None)
         error = end * layer.velocity(end * s, x, context) - velocity
@@ -253,15 +260,15 @@ class FlowMatching(Objective):
         noise = torch.zeros_like(data) if noise is None else self.sigma * noise
         return (1 - s) * base + s * data + spread * noise, data - base + (0.5 - s) / spread * noise
 
-    def _partners(self, base: Tensor, data: Tensor, context: Tensor | None) -> Tensor:
-        """The number of the base point that goes with each row, by a plan of least total cost."""
+    def _coupled(self, base: Tensor, data: Tensor, context: Tensor | None) -> Tensor:
+        """The base points in the order in which they go with the rows, by a plan of least total cost."""
         cost = torch.cdist(data, base).double().square()
         if context is not None:
             cost = cost + self.context_weight * torch.cdist(context, context).double().square()
         if self.bridge:
-            return torch.multinomial(_entropic_plan(cost, 2 * self.sigma**2), 1).squeeze(1)
+            return base[torch.multinomial(_entropic_plan(cost, 2 * self.sigma**2), 1).squeeze(1)]
         _, columns = _assignment()(cost.cpu().numpy())
-        return torch.from_numpy(columns).to(data.device)
+        return base[torch.from_numpy(columns).to(data.device)]
 
 
 def velocity_layer(flow: Flow | Bounded) -> tuple[Flow, ContinuousTransform]:

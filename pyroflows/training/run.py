@@ -183,7 +183,6 @@ class Run:
             again = -(-objective.draws // len(x))
             x = x.repeat(again, *(1 for _ in x.shape[1:]))
             context = None if context is None else context.repeat(again, 1)
-            size = min(size, 256)  # a coupling of all rows would take long
         total = 0.0
         try:
             with torch.no_grad(), seeded(0, x.device):

@@ -44,8 +44,11 @@ RUNS = [
     ("flow matching", [(FlowMatching(), 2048, 500)]),
     ("flow matching", [(FlowMatching(), 2048, 1000)]),
     ("flow matching", [(FlowMatching(), 2048, 2000)]),
-    ("optimal coupling", [(FlowMatching(coupling="optimal_transport"), 256, 1000)]),
-    ("mixture", [(FlowMatching(), 2048, 500), (Likelihood(), 256, 25)]),
+    ("optimal coupling", [(FlowMatching(coupling="optimal_transport"), 1024, 125)]),
+    ("optimal coupling", [(FlowMatching(coupling="optimal_transport"), 1024, 250)]),
+    ("optimal coupling", [(FlowMatching(coupling="optimal_transport"), 1024, 500)]),
+    ("optimal coupling", [(FlowMatching(coupling="optimal_transport"), 1024, 1000)]),
+    ("mixture", [(FlowMatching(coupling="optimal_transport"), 1024, 250), (Likelihood(), 256, 25)]),
 ]
 
 
