@@ -211,6 +211,21 @@ def test_a_scale_alone_is_no_excuse():
             check_transform(Scaled, variants=({"fault": fault},), dtypes=(dtype,), **sizes)
 
 
+@pytest.mark.parametrize(("name", "seed"), [("lu_linear", 36), ("qr_linear", 49), ("qr_linear", 52)])
+def test_what_rounding_of_a_context_does_is_excused(name, seed):
+    """A matrix that a network reads off in float32 is off by as much, and its inverse amplifies that."""
+    check_transform(
+        name, input_dims=(2,), context_dims=(3,), scales=(2.0,), seed=seed, dtypes=(torch.float32,), laws=["round_trip"]
+    )
+
+
+@pytest.mark.parametrize("seed", [0, 1, 3])
+def test_what_rounding_of_a_point_does_to_its_score_is_excused(seed):
+    """Far from where the flow lives a score falls by millions, and steeply."""
+    sizes = {"input_dims": (8,), "context_dims": (0,), "scales": (1.0,), "dtypes": (torch.float64,)}
+    check_distribution("realnvp", variants=({},), seed=seed, laws=["plates"], **sizes)
+
+
 def test_too_many_skipped_numbers_are_a_violation():
     with pytest.raises(errors.LawViolation, match="numbers have any digit left"):
         check_transform(

@@ -158,10 +158,13 @@ def _is_none(method: Callable[[], Any]) -> bool:
     return False
 
 
-def _close_scores(trial: FlowTrial, what: str, got: Tensor, want: Tensor) -> None:
-    """Two computations of the same scores, whose sums may be in another order; a score of a million has few digits."""
+def _close_scores(trial: FlowTrial, what: str, got: Tensor, want: Tensor, moves: Tensor | None = None) -> None:
+    """Two computations of the same scores, whose sums may be in another order; a score of a million has few digits.
+
+    Where a product of a batch is summed otherwise than that of one row, ``moves`` is the `_sensitivity` to that.
+    """
     trial.require(got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, not {tuple(want.shape)}")
-    amplification = 1e3 + want.flatten().abs()
+    amplification = 1e3 + want.flatten().abs() + (0.0 if moves is None else moves)
     trial.close(what, got.flatten(), want.flatten(), LOG_DET[trial.dtype], amplification)
 
 
@@ -190,7 +193,8 @@ def plates(trial: FlowTrial) -> None:
             trial.require(different, "rows of a plate share their noise")
         else:
             each = torch.stack([trial.make(flow, context).log_prob(row) for row in data])
-            _close_scores(trial, "log_prob in nested plates and row by row", site["log_prob"], each)
+            moves = _sensitivity(trial, trial.make(flow, context), data)
+            _close_scores(trial, "log_prob in nested plates and row by row", site["log_prob"], each, moves)
     if trial._plain:
         zero = torch.zeros(event, dtype=trial.dtype, device=trial.device)
 
@@ -222,11 +226,12 @@ def context_rows(trial: FlowTrial) -> None:
     different = trial.dtype == torch.float32 or len(equal.unique(dim=0)) == 60
     trial.require(different, "rows of equal context share their noise")
     alone = torch.stack([flow(row).log_prob(point) for row, point in zip(context, data, strict=True)])
-    _close_scores(trial, "log_prob of a batch of contexts and one by one", d.log_prob(data), alone)
+    moves = _sensitivity(trial, d, data)
+    _close_scores(trial, "log_prob of a batch of contexts and one by one", d.log_prob(data), alone, moves)
     trial.require(tuple(d.log_prob(data[0]).shape) == (6,), "one point does not broadcast with six contexts")
     grid = flow(context[:, None]).log_prob(data)
     trial.require(tuple(grid.shape) == (6, 6), f"six points under six contexts [6, 1, C] score as {tuple(grid.shape)}")
-    _close_scores(trial, "the diagonal of all points under all contexts", grid.diagonal(), alone)
+    _close_scores(trial, "the diagonal of all points under all contexts", grid.diagonal(), alone, moves)
 
 
 # --- the density -----------------------------------------------------------------------------------------

@@ -13,7 +13,8 @@ log-det is off by its gradient times them. No matrix of absolute values is multi
 that undoes itself is not charged twice.
 
 The first order knows only the slope at the point. Where that changes within the rounding error itself, as at the
-edge of a nearly flat bin, `widen` adds what happens when every intermediate result is disturbed by as much.
+edge of a nearly flat bin, `widen` adds what happens when every intermediate result, and the context, is disturbed by as
+much.
 """
 
 from __future__ import annotations
@@ -149,19 +150,19 @@ TRIES = 32
 """How many disturbances of each row are tried."""
 
 
+def _off(value: Tensor, unit: float, generator: torch.Generator) -> Tensor:
+    share = torch.rand(value.shape, generator=generator).to(value) * 2 - 1
+    return value + unit * share * (1 + value.abs())
+
+
 def _disturbed(
     chain: list[FlowTransform], z: Tensor, context: Tensor | None, unit: float, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
     """The image and the log-det when every intermediate result is off by up to ``unit``."""
-
-    def off(z: Tensor) -> Tensor:
-        share = torch.rand(z.shape, generator=generator).to(z) * 2 - 1
-        return z + unit * share * (1 + z.abs())
-
-    z, total = off(z), torch.zeros(len(z), dtype=z.dtype, device=z.device)
+    z, total = _off(z, unit, generator), torch.zeros(len(z), dtype=z.dtype, device=z.device)
     for link in chain:
         z, log_det = link.forward_and_log_det(z, context)
-        z, total = off(z), total + log_det.reshape(len(z), -1).sum(-1)
+        z, total = _off(z, unit, generator), total + log_det.reshape(len(z), -1).sum(-1)
     return z, total
 
 
@@ -179,7 +180,7 @@ def _there_and_back(
 
 
 def widen(transform: FlowTransform, context: Tensor | None, known: Rounding, unit: float) -> Rounding:
-    """The rounding, at least what intermediate results that are off by ``unit`` do.
+    """The rounding, at least what intermediate results and a context that are off by ``unit`` do.
 
     Args:
         transform: the transform in float64.
@@ -191,7 +192,8 @@ def widen(transform: FlowTransform, context: Tensor | None, known: Rounding, uni
     forth, back = links(transform), links(transform.inv)
     many, at = known.x.repeat(TRIES, *(1,) * (known.x.dim() - 1)), None
     if context is not None:
-        at = context.repeat(TRIES, 1)
+        # An argument like the point: what a network makes of it is off by as much, and may lie close to zero.
+        at = _off(context.repeat(TRIES, 1), unit, generator)
     # Against the same computations undisturbed, and not against the truth: an error must not excuse itself.
     with torch.no_grad():
         moved = _there_and_back(forth, back, many, at, unit, generator)
