@@ -171,8 +171,9 @@ class DenseSigmoid(NumericMap):
 
     The first layer reads :math:`x` alone and the last one has one output. The rows of :math:`U` and :math:`W` are
     positive and sum to one, so each number increases with :math:`x`; its slope is carried through the layers by its
-    logarithm. With one layer it is `DeepSigmoid`, but for :math:`|b| < 10` here: terms that are further apart leave
-    a flat stretch between them, and stretches multiply from layer to layer until no number is small enough for a slope.
+    logarithm. With one layer it is `DeepSigmoid`, whose offsets have no bound: a steep step at :math:`m` takes
+    :math:`b = -a m`. With more, :math:`|b| < 10`, as terms that are further apart leave a flat stretch between them, and
+    stretches multiply from layer to layer until no number is small enough for a slope.
 
     Args:
         hidden_units: the number :math:`H` of hidden numbers, and of units, of each layer.
@@ -225,7 +226,8 @@ class DenseSigmoid(NumericMap):
             if number < self.depth - 1:
                 outer = outer + leans
             a, rows = self.slope * positive(raw_slopes), mixture_weights(outer.unflatten(-1, (-1, self.hidden_units)))
-            values = torch.addcmul(offsets + bounded_log_scale(shifts, self.max_shift), a, hidden)
+            shifts = shifts if self.depth == 1 else bounded_log_scale(shifts, self.max_shift)
+            values = torch.addcmul(offsets + shifts, a, hidden)
             hidden, log_slopes = logistic_mean(values.unsqueeze(-2), rows, (a * rises).unsqueeze(-2))
             log_slopes = log_slopes + largest
         return hidden.squeeze(-1).to(x.dtype), log_slopes.squeeze(-1)
