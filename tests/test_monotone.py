@@ -477,3 +477,11 @@ def test_D15_samples_of_a_gaussianization_flow_follow_its_density():
     assert float(cdf[-1]) == pytest.approx(1, abs=1e-3)
     rank = np.interp(samples.numpy(), y.squeeze(-1).numpy(), cdf.numpy())
     assert stats.kstest(rank, "uniform").pvalue > 1e-3
+
+
+@pytest.mark.parametrize("map", [DeepSigmoid(4), DenseSigmoid(4)])
+def test_results_may_be_written_into(map):
+    for rows in (5, 1):
+        y, log_slope = map.forward(torch.randn(rows, 2, requires_grad=True), torch.randn(rows, 2, map.params))
+        y.add_(1.0).sum().backward(retain_graph=True)
+        log_slope.add_(1.0).sum().backward()

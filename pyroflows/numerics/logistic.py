@@ -90,9 +90,9 @@ def _by_sums(c: Tensor, w: Tensor, v: Tensor, dim: int) -> tuple[Tensor, Tensor,
     ratio = log_lower - log_upper
     # With all on one side the smaller tail has been moved too: it is below exp(-far), else not below the least weight.
     aside = moved * (ratio.abs() > 0.85 * far)
-    log_slope = torch.log(slope).sub_(log_lower.add_(log_upper)).sub_(moved.sub_(aside))
-    y = aside.copysign_(ratio).add_(ratio)
-    return y.squeeze(dim), log_slope.squeeze(dim), above, below, _Sums(lower, upper, slope)
+    log_slope = torch.log(slope).sub_(log_lower.add_(log_upper)).squeeze(dim) - moved.sub_(aside).squeeze(dim)
+    y = aside.copysign_(ratio).squeeze(dim) + ratio.squeeze(dim)  # no view: who gets it may write into it
+    return y, log_slope, above, below, _Sums(lower, upper, slope)
 
 
 def _derivatives(

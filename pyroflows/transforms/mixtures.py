@@ -172,7 +172,7 @@ class DenseSigmoid(NumericMap):
     The first layer reads :math:`x` alone and the last one has one output. The rows of :math:`U` and :math:`W` are
     positive and sum to one, so each number increases with :math:`x`; its slope is carried through the layers by its
     logarithm. With one layer it is `DeepSigmoid`, whose offsets have no bound: a steep step at :math:`m` takes
-    :math:`b = -a m`. With more, :math:`|b| < 10`, as terms that are further apart leave a flat stretch between them, and
+    :math:`b = -a m`. With more, :math:`|b| < 10`: terms that are further apart leave a flat stretch between them, and
     stretches multiply from layer to layer until no number is small enough for a slope.
 
     Args:
