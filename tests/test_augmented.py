@@ -1,6 +1,7 @@
 """Augmented flows: the bound against marginals that are known, samples, use as a density."""
 
 import math
+import pickle
 
 import pyro
 import pyro.distributions as dist
@@ -9,7 +10,7 @@ import torch
 
 import pyroflows as pf
 from pyroflows.distributions import Augmented, Flow, standard_normal
-from pyroflows.errors import ContextError, OptionError, ShapeError
+from pyroflows.errors import ContextError, DtypeError, OptionError, ShapeError
 from pyroflows.transforms import FlowTransform, continuous
 
 FACTOR = torch.tensor([[1.2, 0.0, 0.0], [0.5, 0.8, 0.0], [0.9, -0.7, 0.6]], dtype=torch.float64)
@@ -124,17 +125,39 @@ def test_shapes_contexts_and_expansion():
 
 def test_what_cannot_be_is_refused():
     flow = Flow(continuous(3, hidden_dims=(8, 8)), standard_normal(3))
-    for extra in (0, 3, 1.0):
+    for extra in (0, 3, 1.0, True):
         with pytest.raises(OptionError, match="below 3"):
             Augmented(flow, extra)
     with pytest.raises(OptionError, match="context_dim=2"):
         Augmented(flow, 1, Flow(continuous(1, hidden_dims=(8, 8)), standard_normal(1)))
     with pytest.raises(OptionError, match="without a support"):
         Augmented(pf.flow("maf", input_dim=3, support=torch.distributions.constraints.positive), 1)
-    with pytest.raises(OptionError, match="samples"):
-        Augmented(flow, 1)().bound(torch.zeros(2), samples=0)
+    for other in (torch.nn.Linear(3, 3), Augmented(flow, 1)):
+        with pytest.raises(OptionError, match="expected a Flow"):
+            Augmented(other, 1)
+    with pytest.raises(OptionError, match="None or a Flow"):
+        Augmented(flow, 1, noise=torch.nn.Linear(2, 1))
+    for samples in (0, True):
+        with pytest.raises(OptionError, match="samples"):
+            Augmented(flow, 1)().bound(torch.zeros(2), samples=samples)
     with pytest.raises(ShapeError, match="points"):
         Augmented(flow, 1)().log_prob(torch.zeros(3))
+    for value, remedy in (
+        ([0.0, 0.0], "as_tensor"),
+        (torch.zeros(2).bool(), "float"),
+        (torch.zeros(2).double(), "float"),
+    ):
+        with pytest.raises(DtypeError, match=remedy):
+            Augmented(flow, 1)().log_prob(value)
+
+
+def test_whole_numbers_are_points_too():
+    density = Augmented(Flow(continuous(3, hidden_dims=(8, 8)), standard_normal(3)), 1)()
+    points = torch.tensor([[1, -2], [0, 3]])
+    torch.manual_seed(0)
+    found = density.log_prob(points)
+    torch.manual_seed(0)
+    assert torch.equal(found, density.log_prob(points.float()))
 
 
 def test_a_flow_that_cannot_leave_its_shape_does_with_room_beside():
@@ -176,3 +199,27 @@ def test_fit_reads_contexts_and_an_elbo():
     elbo = pf.training.ELBO(lambda z: target.log_prob(z).squeeze(-1), samples=512)
     result = pf.fit(model, objective=elbo, max_epochs=30, lr=2e-2, progress=False, seed=0)
     assert -0.3 < result.validation < 0.05  # the log of the normaliser is 0
+
+
+@pytest.mark.parametrize("standardize", ["auto", None])
+def test_same_seed_same_fit_and_the_global_generator_is_left_alone(standardize):
+    found = []
+    for start in (1, 2):
+        torch.manual_seed(0)
+        model, rows = Augmented(pf.flow("ffjord", input_dim=2, hidden_dims=(8, 8)), 1), torch.randn(50, 1)
+        torch.manual_seed(start)
+        state = torch.get_rng_state()
+        result = pf.fit(model, rows, seed=3, max_epochs=1, standardize=standardize, progress=False)
+        assert torch.equal(torch.get_rng_state(), state)
+        found.append(result.history["validation"])
+    assert found[0] == found[1]
+
+
+def test_a_distribution_can_be_pickled():
+    model = Augmented(pf.flow("ffjord", input_dim=2, context_dim=1, hidden_dims=(8, 8)), 1)
+    density = model(torch.ones(5, 1))
+    again = pickle.loads(pickle.dumps(density))
+    torch.manual_seed(0)
+    expected = density.log_prob(torch.zeros(5, 1))
+    torch.manual_seed(0)
+    assert torch.equal(again.log_prob(torch.zeros(5, 1)), expected)

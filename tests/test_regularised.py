@@ -349,6 +349,10 @@ def test_regularisers_are_checked():
         ({"regularize": {"kinetics": 1.0}}, "kinetic, jacobian"),
         ({"regularize": {"kinetic": -1.0}}, "not negative"),
         ({"regularize": {"kinetic": math.nan}}, "finite"),
+        ({"regularize": {"kinetic": "much"}}, "finite"),
+        ({"regularize": {"kinetic": None}}, "finite"),
+        ({"regularize": "kinetic"}, "weights by name"),
+        ({"regularize": ["kinetic"]}, "weights by name"),
         ({"regularize": {"hjb": 1.0}}, "gradient of a potential, got a VelocityMLP"),
     ):
         with pytest.raises(OptionError, match=words):

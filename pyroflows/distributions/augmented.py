@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, ClassVar
 
 import pyro.distributions as dist
@@ -17,7 +18,7 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyroflows.distributions.bounded import Bounded
-from pyroflows.distributions.flow import Flow, FlowDistribution, Standardize
+from pyroflows.distributions.flow import Flow, FlowDistribution, Standardize, real_points
 from pyroflows.distributions.support import Support
 from pyroflows.errors import OptionError, ShapeError
 
@@ -87,9 +88,11 @@ class AugmentedDistribution(dist.TorchDistribution):
         Raises:
             OptionError: ``samples`` is not positive.
             ShapeError: ``value`` holds no points of this distribution.
+            DtypeError: ``value`` is no tensor of real numbers, or has more digits than the flow.
         """
-        if not isinstance(samples, int) or samples < 1:
+        if isinstance(samples, bool) or not isinstance(samples, int) or samples < 1:
             raise OptionError(f"samples must be a positive integer, got {samples!r}.")
+        value = real_points(value)
         if value.shape[-1:] != self.event_shape:
             raise ShapeError(f"expected points [*batch, {self.event_shape[0]}], got shape {tuple(value.shape)}.")
         if self._validate_args and value.numel():
@@ -131,12 +134,16 @@ class Augmented(Bounded):
     """
 
     def __init__(self, flow: Flow, extra: int, noise: Flow | None = None) -> None:
+        if not isinstance(flow, Flow):
+            raise OptionError(f"expected a Flow, such as pf.flow('ffjord', input_dim=3), got {type(flow).__name__}.")
         super().__init__(flow)
         if len(flow.event_shape) != 1 or not flow.standardizes or flow.declared_support is not None:
             raise OptionError(f"expected a flow of vectors without a support, got points on {flow.support}.")
-        if not isinstance(extra, int) or not 0 < extra < flow.input_dim:
+        if isinstance(extra, bool) or not isinstance(extra, int) or not 0 < extra < flow.input_dim:
             raise OptionError(f"extra must be a positive integer below {flow.input_dim}, got {extra!r}.")
         dim = flow.input_dim - extra
+        if not isinstance(noise, Flow | None):
+            raise OptionError(f"the noise must be None or a Flow, got {type(noise).__name__}.")
         if noise is not None and (noise.event_shape, noise.context_dim) != ((extra,), dim + flow.context_dim):
             raise OptionError(
                 f"the noise must be a flow of vectors ({extra},) with context_dim={dim + flow.context_dim}, got "
@@ -153,9 +160,9 @@ class Augmented(Bounded):
         Raises:
             ContextError: a context is missing, unexpected, or of the wrong width.
         """
-        return AugmentedDistribution(self.flow(context), self.extra, lambda x: self._noise_at(x, context))
+        return AugmentedDistribution(self.flow(context), self.extra, partial(self._noise_at, context=context))
 
-    def _noise_at(self, x: Tensor, context: Tensor | None) -> FlowDistribution:
+    def _noise_at(self, x: Tensor, context: Tensor | None = None) -> FlowDistribution:
         """The distribution of the noise of points ``[*batch, D]``."""
         if self.noise is None:
             zero = x.new_zeros(*x.shape[:-1], self.extra)

@@ -9,6 +9,7 @@ from pyroflows.distributions.base import BaseName
 from pyroflows.distributions.flow import Flow
 from pyroflows.distributions.stack import stack
 from pyroflows.distributions.support import Support
+from pyroflows.errors import OptionError
 from pyroflows.nets import Activation
 from pyroflows.transforms import continuous, with_variants
 
@@ -198,6 +199,8 @@ def flow_matching(
         "conditioning": conditioning,
         "residual": residual,
     }
+    if "transforms" in options:
+        raise OptionError("flow matching trains one velocity, so there is no option transforms; take 'ffjord'.")
     flow = ffjord(input_dim, context_dim=context_dim, base=base, support=support, **network, **options)
     flow.objective = "flow_matching"
     return flow

@@ -41,6 +41,20 @@ def _dtype_error(value: Tensor, dtype: torch.dtype, what: str) -> DtypeError:
     return DtypeError(f"the flow is {want} and {what} is {have}: {what}.{casts.get(want, f'to(torch.{want})')}{there}.")
 
 
+def real_points(value: Tensor) -> Tensor:
+    """Points as floating-point numbers; whole numbers are converted.
+
+    Raises:
+        DtypeError: they are no tensor of real numbers.
+    """
+    if not isinstance(value, Tensor):
+        raise DtypeError(f"expected a tensor, got {type(value).__name__}: give torch.as_tensor(x).")
+    if value.is_complex() or value.dtype == torch.bool:
+        name = str(value.dtype).removeprefix("torch.")
+        raise DtypeError(f"expected real numbers, got {name}: give x.{'real' if value.is_complex() else 'float()'}.")
+    return value if value.is_floating_point() else value.to(torch.get_default_dtype())
+
+
 class FlowDistribution(dist.TransformedDistribution):
     """What ``flow()`` returns: a Pyro distribution that samples and scores.
 
@@ -57,9 +71,8 @@ class FlowDistribution(dist.TransformedDistribution):
             ShapeError: ``value`` holds no points of this distribution, or their batch is another one.
             DtypeError: ``value`` has more digits than the flow, or is no tensor of real numbers.
         """
+        value = real_points(value)
         self._check(value)
-        if not value.is_floating_point():
-            value = value.to(torch.get_default_dtype())
         if self._validate_args and value.numel():  # torch's constraints cannot look at an empty batch
             self._validate_sample(value)
         transform = self._transform
@@ -76,13 +89,6 @@ class FlowDistribution(dist.TransformedDistribution):
         return self._score(x, log_det)
 
     def _check(self, value: Tensor) -> None:
-        if not isinstance(value, Tensor):
-            raise DtypeError(f"expected a tensor, got {type(value).__name__}: give torch.as_tensor(x).")
-        if value.is_complex() or value.dtype == torch.bool:
-            name = str(value.dtype).removeprefix("torch.")
-            raise DtypeError(
-                f"expected real numbers, got {name}: give x.{'real' if value.is_complex() else 'float()'}."
-            )
         _check_points(value, self.event_shape)
         if self.batch_shape:
             batch = value.shape[: value.dim() - len(self.event_shape)]

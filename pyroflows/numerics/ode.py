@@ -127,6 +127,8 @@ def solve(
     # Steps are added up in float32 at least; the field keeps its own precision.
     dtype = torch.promote_types(given, torch.float32)
     tableau = _find_solver(solver, gradient, steps, options)
+    if not isinstance(max_nfe, int) or max_nfe < 1:
+        raise OptionError(f"Expected max_nfe to be a positive integer, got {max_nfe!r}.")
     control = Control(*ode_tolerances(rtol, atol, given), max_nfe, state.shape[1], columns)
     work = Work()
     for record in open_records():
@@ -134,6 +136,10 @@ def solve(
             record.count(work)
     if isinstance(fallback, str):
         fallback = Fallback(fallback)
+    if not isinstance(fallback, Fallback | None):
+        raise OptionError(
+            f"Expected fallback to be the name of a solver of fixed steps or a Fallback, got {fallback!r}."
+        )
     problem = Problem(
         field, solver, tableau, control, steps or 20, dict(options or {}), given, work, _autocast(state), fallback
     )
@@ -198,8 +204,10 @@ def _find_solver(solver: str, gradient: str, steps: int | None, options: Mapping
     tableau = TABLEAUS.get(solver)
     if gradient not in GRADIENTS:
         raise OptionError(f"Expected gradient to be one of {', '.join(GRADIENTS)}, got {gradient!r}.")
-    if steps is not None and steps < 1:
-        raise OptionError(f"Expected at least one step, got steps={steps}.")
+    if steps is not None and (not isinstance(steps, int) or steps < 1):
+        raise OptionError(f"Expected at least one step, got steps={steps!r}.")
+    if options is not None and not isinstance(options, Mapping):
+        raise OptionError(f"Expected options by name, such as {{'first_step': 0.1}}, got {options!r}.")
     if tableau is not None:
         if options:
             raise OptionError(f"solver={solver!r} takes no options, got {sorted(options)}.")
@@ -229,7 +237,10 @@ def ode_tolerances(rtol: float | None, atol: float | None, dtype: torch.dtype) -
     default = max(floor, 1e-9 if dtype == torch.float64 else 1e-5)
     found = []
     for name, value in (("rtol", rtol), ("atol", atol)):
-        value = default if value is None else float(value)
+        try:
+            value = default if value is None else float(value)
+        except (TypeError, ValueError) as error:
+            raise OptionError(f"Expected {name} to be a number or None, got {value!r}.") from error
         if not value >= 0:
             raise OptionError(f"Expected {name} >= 0, got {value}.")
         if value < floor:

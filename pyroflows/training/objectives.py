@@ -284,7 +284,7 @@ def velocity_layer(flow: Flow | Bounded) -> tuple[Flow, ContinuousTransform]:
         raise OptionError(
             "flow matching trains a velocity: expected a flow whose learned transform is one ContinuousTransform, "
             f"such as pf.Flow(continuous(2), standard_normal(2)), got {type(layer or flow).__name__}. "
-            'Leave out objective, or take "likelihood".'
+            'Take objective="likelihood".'
         )
     if _end_time(layer) == 0:
         raise OptionError("end_time is 0, so that nothing moves; flow matching needs a positive one.")

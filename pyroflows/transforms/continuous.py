@@ -28,7 +28,7 @@ from pyroflows.numerics import (
     solve,
 )
 from pyroflows.transforms.base import FlowTransform, with_variants
-from pyroflows.transforms.regularizers import checked_weights, gathered, integrand
+from pyroflows.transforms.regularizers import checked_weights, gathered, integrand, is_number
 from pyroflows.transforms.replaced import call_with
 
 __all__ = ["ContinuousTransform", "Flowed", "continuous"]
@@ -162,7 +162,7 @@ class ContinuousTransform(FlowTransform):
         least = 3 if divergence == "hutch++" else 1
         if not isinstance(probes, int) or probes < least:
             raise OptionError(f"probes must be an integer of at least {least}, got {probes!r}.")
-        if not 0 <= end_time < float("inf") or (learn_end_time and end_time == 0):
+        if not is_number(end_time) or not 0 <= end_time < float("inf") or (learn_end_time and end_time == 0):
             raise OptionError(
                 f"end_time must be finite and not negative, and positive to be learned, got {end_time!r}."
             )
@@ -182,6 +182,8 @@ class ContinuousTransform(FlowTransform):
             "options": solver_options,
             "fallback": Fallback(fallback) if isinstance(fallback, str) else fallback,  # one, to warn once
         }
+        ode_tolerances(*self.tolerances[False], torch.float64)
+        draw_probes(torch.zeros(0, 1, device="cpu"), 1, noise)
         # A solve of no rows checks the options and costs nothing; which dtype will come, and may warn, is open.
         none = torch.zeros(0, 1, dtype=torch.float64, device="cpu")
         solve(lambda t, z: z, none, 0.0, 1.0, rtol=rtol, atol=atol, **self.settings)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -17,7 +18,7 @@ from pyroflows.errors import OptionError
 from pyroflows.nets import Velocity
 from pyroflows.numerics import Trace, sum_last, total_derivative
 
-__all__ = ["checked_weights", "gathered", "integrand"]
+__all__ = ["checked_weights", "gathered", "integrand", "is_number"]
 
 NAMES = ("kinetic", "jacobian", "acceleration", "hjb")
 
@@ -28,14 +29,21 @@ def checked_weights(weights: Mapping[str, float], velocity: Velocity) -> dict[st
     Raises:
         OptionError: a name is unknown or not for this velocity, or a weight is negative or not finite.
     """
+    if not isinstance(weights, Mapping):
+        raise OptionError(f"regularize must give weights by name, such as {{'kinetic': 0.01}}, got {weights!r}.")
     for name, weight in weights.items():
         if name not in NAMES:
             raise OptionError(f"no regulariser {name!r}. Known names: {', '.join(NAMES)}.")
-        if not 0 <= weight < math.inf:
+        if not is_number(weight) or not 0 <= weight < math.inf:
             raise OptionError(f"the weight of a regulariser must be finite and not negative, got {name}={weight!r}.")
     if "hjb" in weights and not hasattr(velocity, "potential_by_time"):
         raise OptionError(f"hjb needs the gradient of a potential, got a {type(velocity).__name__}. Take kinetic.")
     return {name: float(weight) for name, weight in weights.items()}
+
+
+def is_number(value: object) -> bool:
+    """Whether it is a real number, which a truth value is not."""
+    return isinstance(value, Real) and not isinstance(value, bool)
 
 
 def gathered(each: Tensor | None, directions: int) -> Tensor:
