@@ -535,3 +535,18 @@ def test_rows_go_with_objectives_that_read_them():
         fit(pf.flow("mixture", input_dim=2), objective=objective)
     with pytest.raises(errors.OptionError, match="3 numbers for 2 objectives"):
         fit(velocity_flow(), clusters(50), objective="mixture", max_epochs=(1, 2, 3))
+
+
+def test_an_interrupt_before_the_first_score_is_a_result_too():
+    class Stopped(Objective):
+        def __call__(self, flow, rows, context=None):
+            raise KeyboardInterrupt
+
+    flow = velocity_flow()
+    before = {name: value.clone() for name, value in flow.named_parameters()}
+    result = fit(flow, clusters(50), objective=Stopped(), progress=False)
+    assert (result.stopped, result.history["epoch"], result.best_epoch) == ("interrupted", [0.0], 0)
+    assert math.isnan(result.validation)
+    assert math.isnan(result.train)
+    assert "epoch 0 of 0" in str(result)
+    assert all(torch.equal(before[name], value) for name, value in flow.named_parameters())

@@ -172,15 +172,17 @@ def fit(
         for one in objectives:
             one.check(flow)
         draws = max(one.samples for one in objectives)
-        (x, context), (held_x, held_context) = _split(flow, x, context, validation, like, seed, draws)
+        with seeded(seed, like.device):  # points of a bounded flow have noise
+            (x, context), (held_x, held_context) = _split(flow, x, context, validation, like, seed, draws)
     except Exception:
         flow.constrain(declared)
         raise
-    if standardize is not None:
-        _standardize(flow, x if reads else None, context, standardize)
-    if reads:
-        some = slice(rows_of(flow, 2**20, at_most=10_000))
-        flow.initialize(x[some], None if context is None else context[some])
+    with seeded(seed, like.device):
+        if standardize is not None:
+            _standardize(flow, x if reads else None, context, standardize)
+        if reads:
+            some = slice(rows_of(flow, 2**20, at_most=10_000))
+            flow.initialize(x[some], None if context is None else context[some])
 
     parameters = [p for p in flow.parameters() if p.requires_grad]
     run = Run(flow, parameters, held_x, held_context, clip_norm, on_nonfinite)

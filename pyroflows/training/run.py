@@ -104,6 +104,8 @@ class Run:
                     break
         except KeyboardInterrupt:
             stopped = "interrupted"
+            if not self.history["epoch"]:
+                self._write({}, math.nan)  # the starting weights, whose score was not computed
         finally:
             self.flow.load_state_dict(self.weights)
         return stopped
@@ -197,9 +199,14 @@ class Run:
     def _record(self, told: dict[str, float]) -> float:
         """Scores the validation rows, keeps the weights if they are the best, and writes the history."""
         value = self._score(self.objective)
-        epoch = len(self.history["epoch"])
         if value > self.best:
-            self.best, self.best_epoch, self.weights = value, epoch, self._weights()
+            self.best, self.best_epoch, self.weights = value, len(self.history["epoch"]), self._weights()
+        self._write(told, value)
+        return value
+
+    def _write(self, told: dict[str, float], value: float) -> None:
+        """Adds an epoch to the history."""
+        epoch = len(self.history["epoch"])
         row = {
             "skipped": 0.0,
             "grad_norm": math.nan if epoch else 0.0,
@@ -215,7 +222,6 @@ class Run:
                 self.history[name] = [math.nan] * epoch
         for name, numbers in self.history.items():
             numbers.append(row.get(name, math.nan))
-        return value
 
     def settle(self) -> None:
         """Computes the likelihood of the best weights if the objective was none."""
