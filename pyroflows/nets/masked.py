@@ -21,6 +21,8 @@ WIDTH, MOST = 64, 8
 """About how many rows a block has at least, and how many blocks there are at most."""
 WORTH = 2**22
 """How many products a call must save for blocks to be faster than one product with many zeros."""
+MANY = 1024
+"""From so many rows, writing over numbers saves more time than it costs to write a step of autograd in Python."""
 
 
 class Block(NamedTuple):
@@ -92,7 +94,9 @@ def chain(x: Tensor, links: Sequence[Link], columns: bool = False) -> Tensor:
         >>> chain(torch.ones(5, 2), [link, link])[0]
         tensor([1., 3.])
     """
-    if is_plainly_eager() and not x.is_meta and not torch.is_autocast_enabled(x.device.type):
+    count = x[..., 0].numel()
+    worth = columns or count >= MANY or any(_by_blocks(count, link.weight, link.blocks[0]) for link in links)
+    if worth and is_plainly_eager() and not x.is_meta and not torch.is_autocast_enabled(x.device.type):
         tensors = [t for link in links for t in (link.weight, link.bias)]
         if all(t.dtype == x.dtype for t in tensors):
             rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
@@ -126,15 +130,15 @@ def _plainly(x: Tensor, links: Sequence[Link]) -> Tensor:
     return x
 
 
-def _by_blocks(x: Tensor, weight: Tensor, blocks: list[Block]) -> bool:
+def _by_blocks(rows: int, weight: Tensor, blocks: list[Block]) -> bool:
     """Whether blocks are faster than one product."""
-    return bool(blocks) and len(x) * (weight.numel() - _work(blocks)) >= WORTH
+    return bool(blocks) and rows * (weight.numel() - _work(blocks)) >= WORTH
 
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor, blocks: list[Block], columns: bool) -> Tensor:
     """``x @ weight.T + bias`` ``[rows, outputs]``, or its transpose."""
     bias = bias.unsqueeze(0) if bias.dim() == 1 else bias
-    if not _by_blocks(x, weight, blocks):
+    if not _by_blocks(len(x), weight, blocks):
         return torch.addmm(bias.mT, weight, x.mT) if columns else torch.addmm(bias, x, weight.mT)
     out = x.new_empty(len(weight), len(x)) if columns else x.new_empty(len(x), len(weight))
     for start, stop, first, last in blocks:
@@ -180,7 +184,7 @@ class _Chain(torch.autograd.Function):
             if needed[4 + 2 * number]:
                 by[2 * number + 1] = gradient.sum(0) if tensors[2 * number + 1].dim() == 1 else gradient
             if needed[3 + 2 * number]:
-                if _by_blocks(gradient, weight, blocks):
+                if _by_blocks(len(gradient), weight, blocks):
                     by_weight = torch.zeros_like(weight)
                     for start, stop, first, last in blocks:
                         part = by_weight[start:stop, first:last]
@@ -190,7 +194,7 @@ class _Chain(torch.autograd.Function):
                 by[2 * number] = by_weight if mask is None else by_weight.mul_(mask)
             if not any(needed[: 3 + 2 * number]):
                 return None, None, None, *by
-            if _by_blocks(gradient, weight, columns):
+            if _by_blocks(len(gradient), weight, columns):
                 into = torch.empty_like(below)
                 for start, stop, first, last in columns:
                     torch.mm(gradient[:, first:last], weight[first:last, start:stop], out=into[:, start:stop])
