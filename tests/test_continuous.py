@@ -12,7 +12,7 @@ from torch import nn
 
 import pyroflows as pf
 from pyroflows.distributions import Flow, standard_normal
-from pyroflows.errors import ODESolveError, OptionError, ShapeError
+from pyroflows.errors import DtypeError, ODESolveError, OptionError, ShapeError
 from pyroflows.nets import MLP, VelocityMLP
 from pyroflows.numerics import Fallback
 from pyroflows.transforms import ContinuousTransform, continuous
@@ -324,6 +324,11 @@ def test_a_parameter_that_only_later_times_reach_gets_its_gradient():
     assert float(layer.velocity.net.late.grad) == pytest.approx(1.5 * float(torch.tensor(0.4).exp()), rel=1e-4)
 
 
+def test_complex_numbers_are_no_points():
+    with pytest.raises(DtypeError, match="real"):
+        continuous(2, hidden_dims=(8, 8))(torch.zeros(3, 2, dtype=torch.complex64))
+
+
 def test_integers_are_points_too():
     layer = shaken(continuous(2, hidden_dims=(8, 8)))
     y, _ = layer.forward_and_log_det(torch.ones(3, 2, dtype=torch.long))
@@ -407,7 +412,7 @@ def test_tracing_and_the_meta_device_need_fixed_steps():
     layer = shaken(continuous(2, hidden_dims=(8, 8)))
     with pytest.raises(OptionError, match=r"torch\.jit\.trace would freeze"):
         torch.jit.trace(layer, torch.ones(3, 2))
-    x = torch.randn(3, 2)
+    x = torch.randn(5, 2)  # other rows than those that are traced, and more
     fixed = shaken(continuous(2, hidden_dims=(8, 8), solver="rk4", steps=3))
     torch.testing.assert_close(torch.jit.trace(fixed, torch.ones(3, 2))(x), fixed(x))
     with torch.device("meta"):

@@ -630,3 +630,13 @@ def test_an_error_of_the_users_function_comes_through():
 
     with pytest.raises(RuntimeError, match="out of cheese"):
         as_velocity(Broken(), 2).with_divergence(0.0, torch.zeros(5, 2))
+
+
+@pytest.mark.parametrize("value", [None, (1.0, 2.0)])
+def test_a_module_that_gives_no_tensor_is_named(value):
+    class Odd(torch.nn.Module):
+        def forward(self, t, x):
+            return value
+
+    with pytest.raises(ShapeError, match=type(value).__name__):
+        as_velocity(Odd(), 2)(torch.tensor(0.0), torch.zeros(3, 2))

@@ -328,6 +328,8 @@ class UserVelocity(Velocity):
     def forward(self, t: Tensor | float, x: Tensor, context: Tensor | None = None) -> Tensor:
         self._check(t, x, context)
         value = self.net(t, x) if context is None else self.net(t, x, context)
+        if not isinstance(value, Tensor):
+            raise ShapeError(f"expected a velocity [*batch, {self.input_dim}], got {type(value).__name__}.")
         if value.shape[-1:] != x.shape[-1:]:
             raise ShapeError(f"expected a velocity [*batch, {self.input_dim}], got shape {tuple(value.shape)}.")
         return value

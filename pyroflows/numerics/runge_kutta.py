@@ -175,7 +175,7 @@ def march(
     watch: Callable[[Round], None] | None = None,
 ) -> Tensor:
     """The state at t1 by equal steps."""
-    rows = len(state)
+    rows = state.shape[0]  # which a trace follows, so that it holds for other numbers of rows
     times = torch.lerp(t0, t1, torch.linspace(0, 1, steps + 1, dtype=state.dtype, device=state.device))
     step = ((t1 - t0) / steps).expand(rows, 1)
     for number in range(steps):

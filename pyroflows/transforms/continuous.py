@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pyroflows.errors import OptionError
+from pyroflows.errors import DtypeError, OptionError
 from pyroflows.nets import PotentialGradient, Velocity, VelocityMLP, as_velocity
 from pyroflows.numerics import (
     Fallback,
@@ -238,6 +238,8 @@ class ContinuousTransform(FlowTransform):
         batch = value.shape[:-1]
         if context is not None:
             batch = torch.broadcast_shapes(batch, context.shape[:-1])
+        if value.is_complex():
+            raise DtypeError("expected real numbers, got complex ones: give x.real.")
         if not value.is_floating_point():
             value = value.to(torch.get_default_dtype())
         rows = value.expand(*batch, self.input_dim).reshape(-1, self.input_dim)
@@ -265,7 +267,7 @@ class ContinuousTransform(FlowTransform):
         log_dets = self.probes - self._directions if estimated else 1
         width = self.input_dim + log_dets
         dtype = _at_least_float32(value)
-        state = torch.cat([rows.to(dtype), rows.new_zeros(len(rows), log_dets + len(regularizers), dtype=dtype)], -1)
+        state = nn.functional.pad(rows.to(dtype), (0, log_dets + len(regularizers)))
         rtol, atol = self.tolerances[self.training]
         settings = {**self.settings, "rtol": rtol, "atol": atol, "controlled": width}
         if not fixed:
