@@ -479,6 +479,8 @@ def test_objectives_that_there_are_not(objective, message):
         (lambda: FlowMatching("straight"), "no path 'straight'"),
         (lambda: FlowMatching(coupling="ot"), "coupling must be"),
         (lambda: FlowMatching(group=1), "group must be an integer of at least 2"),
+        (lambda: FlowMatching(sigma="none"), "sigma of the path 'optimal_transport' must be at least 0"),
+        (lambda: FlowMatching(context_weight=None), "context_weight"),
         (lambda: FlowMatching(sigma=1.0), "sigma of the path 'optimal_transport' must be at least 0"),
         (lambda: FlowMatching("schroedinger_bridge", sigma=0.0), "must be positive"),
         (lambda: FlowMatching(context_weight=math.inf), "context_weight"),
@@ -550,3 +552,26 @@ def test_an_interrupt_before_the_first_score_is_a_result_too():
     assert math.isnan(result.train)
     assert "epoch 0 of 0" in str(result)
     assert all(torch.equal(before[name], value) for name, value in flow.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("loss", "got"),
+    [
+        (lambda flow, rows: -flow().log_prob(rows).mean(), r"got \(\)"),
+        (lambda flow, rows: rows * flow().log_prob(rows).unsqueeze(-1), r"got \(\d+, 2\)"),
+        (lambda flow, rows: 3.0, "got float"),
+    ],
+)
+def test_an_objective_gives_a_loss_for_each_row(loss, got):
+    class Mine(Objective):
+        def __call__(self, flow, rows, context=None):
+            return loss(flow, rows)
+
+    with pytest.raises(errors.ShapeError, match=f"expected Mine to give a loss for each row.*{got}"):
+        fit(velocity_flow(), clusters(50), objective=Mine(), progress=False)
+
+
+@pytest.mark.parametrize("path", ["optimal_transport", "schroedinger_bridge"])
+def test_a_coupling_of_no_rows_has_no_losses(path):
+    objective = FlowMatching(path, coupling="optimal_transport")
+    assert objective(velocity_flow(), torch.zeros(0, 2)).shape == (0,)

@@ -18,6 +18,7 @@ from torch import Tensor
 from pyroflows.distributions import Bounded, Flow
 from pyroflows.errors import NotReparametrized, OptionError, ShapeError
 from pyroflows.transforms import Compose, ContinuousTransform, FlowTransform
+from pyroflows.transforms.regularizers import is_number
 
 __all__ = ["ELBO", "FlowMatching", "Likelihood", "Objective", "as_objectives", "velocity_layer"]
 
@@ -206,10 +207,10 @@ class FlowMatching(Objective):
         self.bridge = path == "schroedinger_bridge"
         if sigma is None:
             sigma = 0.5 if self.bridge else 0.0
-        if not (0 < sigma < math.inf if self.bridge else 0 <= sigma < 1):
+        if not is_number(sigma) or not (0 < sigma < math.inf if self.bridge else 0 <= sigma < 1):
             bounds = "positive and finite" if self.bridge else "at least 0 and below 1"
             raise OptionError(f"sigma of the path {path!r} must be {bounds}, got {sigma!r}.")
-        if not 0 < context_weight < math.inf:
+        if not is_number(context_weight) or not 0 < context_weight < math.inf:
             raise OptionError(f"context_weight must be positive and finite, got {context_weight!r}.")
         self.path, self.group, self.sigma, self.context_weight = path, group, float(sigma), float(context_weight)
         self.coupling = coupling or ("optimal_transport" if self.bridge else "independent")
@@ -230,7 +231,7 @@ class FlowMatching(Objective):
             data, base, end = rows, flow.base().sample((len(rows),)), _end_time(layer)
             for part in list(flow.transform)[:0:-1]:
                 data, _ = part.inverse_and_log_det(data)
-            if self.coupling == "optimal_transport":
+            if self.coupling == "optimal_transport" and len(data):
                 groups = torch.arange(len(data), device=data.device).split(self.group)
                 base = torch.cat(
                     [self._coupled(base[i], data[i], None if context is None else context[i]) for i in groups]

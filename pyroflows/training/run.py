@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from pyroflows.distributions import Bounded, Flow
-from pyroflows.errors import NonFiniteLoss, ODESolveError
+from pyroflows.errors import NonFiniteLoss, ODESolveError, ShapeError
 from pyroflows.numerics.record import recorded
 from pyroflows.training.objectives import Likelihood, Objective
 from pyroflows.transforms import ContinuousTransform
@@ -144,7 +144,7 @@ class Run:
         loss_value = bare_value = norm_value = math.nan
         try:
             with recorded() as record:
-                bare = self.objective(self.flow, rows, context).mean()
+                bare = self._losses(self.objective, rows, context).mean()
                 loss = bare + record.penalty().to(bare)
                 loss.backward()
             norm = torch.nn.utils.clip_grad_norm_(self.parameters, self.clip_norm)
@@ -171,6 +171,15 @@ class Run:
             )
         return None
 
+    def _losses(self, objective: Objective, rows: Tensor, context: Tensor | None) -> Tensor:
+        losses = objective(self.flow, rows, context)
+        if not isinstance(losses, Tensor) or losses.shape != (len(rows),):
+            got = tuple(losses.shape) if isinstance(losses, Tensor) else type(losses).__name__
+            raise ShapeError(
+                f"expected {type(objective).__name__} to give a loss for each row, a tensor ({len(rows)},), got {got}."
+            )
+        return losses
+
     @property
     def last_error(self) -> str:
         """What a solver last complained of, if it did."""
@@ -190,7 +199,7 @@ class Run:
             with torch.no_grad(), seeded(0, x.device):
                 for start in range(0, len(x), size):
                     part = None if context is None else context[start : start + size]
-                    total -= float(objective(self.flow, x[start : start + size], part).double().sum())
+                    total -= float(self._losses(objective, x[start : start + size], part).double().sum())
         except ODESolveError as error:
             self.trouble = str(error)
             return math.nan
