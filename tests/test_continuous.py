@@ -324,6 +324,12 @@ def test_a_parameter_that_only_later_times_reach_gets_its_gradient():
     assert float(layer.velocity.net.late.grad) == pytest.approx(1.5 * float(torch.tensor(0.4).exp()), rel=1e-4)
 
 
+@pytest.mark.parametrize("steps", [0, 2.5, "many"])
+def test_a_fallback_takes_a_step_at_least(steps):
+    with pytest.raises(OptionError, match="at least one step"):
+        Fallback("rk4", steps)
+
+
 def test_complex_numbers_are_no_points():
     with pytest.raises(DtypeError, match="real"):
         continuous(2, hidden_dims=(8, 8))(torch.zeros(3, 2, dtype=torch.complex64))

@@ -575,3 +575,9 @@ def test_an_objective_gives_a_loss_for_each_row(loss, got):
 def test_a_coupling_of_no_rows_has_no_losses(path):
     objective = FlowMatching(path, coupling="optimal_transport")
     assert objective(velocity_flow(), torch.zeros(0, 2)).shape == (0,)
+
+
+@pytest.mark.parametrize(("option", "value"), [("lr", "small"), ("clip_norm", "small"), ("seed", "one"), ("seed", 1.5)])
+def test_numbers_of_a_fit_are_numbers(option, value):
+    with pytest.raises(errors.OptionError, match=f"{option} must be"):
+        fit(velocity_flow(), clusters(50), **{option: value})

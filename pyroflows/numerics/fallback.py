@@ -42,8 +42,8 @@ class Fallback:
         if self.solver not in TABLEAUS or TABLEAUS[self.solver].error:
             fixed = (name for name, tableau in TABLEAUS.items() if not tableau.error)
             raise OptionError(f"Expected fallback to be one of {', '.join(fixed)}, got {self.solver!r}.")
-        if self.steps < 1:
-            raise OptionError(f"Expected at least one step, got steps={self.steps}.")
+        if not isinstance(self.steps, int) or self.steps < 1:
+            raise OptionError(f"Expected at least one step, got steps={self.steps!r}.")
 
     def takes(self, error: ODESolveError) -> bool:
         """Whether it is for rows that stopped so; then it says so, the first time."""

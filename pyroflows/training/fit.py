@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from pyroflows.errors import ContextError, DataError, OptionError, TooFewRows
 from pyroflows.training.data import check_context, check_rows, check_spread, check_support, entry
 from pyroflows.training.objectives import Objective, as_objectives
 from pyroflows.training.run import BAD_STEPS, Run, rows_of, seeded
+from pyroflows.transforms.regularizers import is_number
 
 __all__ = ["FitResult", "fit"]
 
@@ -211,7 +213,12 @@ def fit(
 
 
 def _seed(seed: int | None) -> int:
-    return int(torch.randint(2**31, ()).item()) if seed is None else seed
+    if seed is None:
+        return int(torch.randint(2**31, ()).item())
+    try:
+        return operator.index(seed)
+    except TypeError as error:
+        raise OptionError(f"seed must be an integer or None, got {seed!r}.") from error
 
 
 def _check_options(
@@ -237,7 +244,7 @@ def _check_options(
         if not isinstance(number, int) or number < 1:
             raise OptionError(f"{name} must be a positive integer, got {number!r}.")
     for name, value in (("lr", lr), ("clip_norm", clip_norm)):
-        if value is not None and not value > 0:
+        if value is not None and not (is_number(value) and value > 0):
             raise OptionError(f"{name} must be positive, got {value!r}.")
     if standardize not in ("auto", "robust", None):
         raise OptionError(f'standardize must be "auto", "robust" or None, got {standardize!r}.')
