@@ -7,6 +7,9 @@ Printed are the time of this process for training, on one thread, and the gap in
 true density and the flow give to new rows, with its standard error. Training sees fresh rows of the set; the sets and
 their densities are those of the tests. Beside `VelocityMLP` and `pyroflows.training.FlowMatching` this has a field of
 sines that reads the logarithm of the time that is left, more late times, averaged targets and averaged weights.
+
+Once measured, each after 4000 steps: swissroll 0.003, gaussians 0.004, circles 0.005, moons 0.005, pinwheel 0.011,
+spirals 0.012, rings 0.036, all within 100 seconds; checkerboard 0.069, and by the second command 0.048 in 270 seconds.
 """
 
 import argparse
