@@ -85,8 +85,15 @@ def test_registered(case):
 LAYERS = [case for case in BUILT_IN if case.group == "pyroflows.transforms"]
 
 
+def known_to_break(case):
+    """A field of a potential with biases of 200 is too stiff for 5000 evaluations, which is a typed error."""
+    stiff = case.name == "continuous" and variants(case)[case.variant].get("velocity") == "potential"
+    mark = pytest.mark.xfail(strict=True, raises=errors.LawViolation, reason="extreme_parameters: max_nfe is reached")
+    return pytest.param(case, id=case.label, marks=mark if stiff else ())
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("case", LAYERS, ids=lambda case: case.label)
+@pytest.mark.parametrize("case", [known_to_break(case) for case in LAYERS])
 def test_registered_at_the_other_sizes_and_scales(case):
     if case.name in SOLVES:
         laws = ("round_trip", "log_det", "gradients", "rows", "extreme_inputs", "extreme_parameters")

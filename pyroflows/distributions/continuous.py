@@ -9,7 +9,6 @@ from pyroflows.distributions.base import BaseName
 from pyroflows.distributions.flow import Flow
 from pyroflows.distributions.stack import stack
 from pyroflows.distributions.support import Support
-from pyroflows.errors import OptionError
 from pyroflows.nets import Activation
 from pyroflows.transforms import continuous, with_variants
 
@@ -162,6 +161,7 @@ def flow_matching(
     input_dim: int,
     *,
     context_dim: int = 0,
+    transforms: int = 1,
     hidden_dims: Sequence[int] = (128, 128),
     activation: Activation = "tanh",
     conditioning: Literal["concat", "concatsquash", "film"] = "concat",
@@ -178,7 +178,8 @@ def flow_matching(
     Args:
         input_dim: the number of coordinates.
         context_dim: the width of the context.
-        hidden_dims: the hidden widths of the velocity's network.
+        transforms: the number of layers. Flow matching trains one velocity: with several, the objective is likelihood.
+        hidden_dims: the hidden widths of each velocity's network.
         activation: its activation, which has to be smooth.
         conditioning: how time and context enter, see `VelocityMLP`.
         residual: whether its hidden layers have skip connections.
@@ -199,8 +200,9 @@ def flow_matching(
         "conditioning": conditioning,
         "residual": residual,
     }
-    if "transforms" in options:
-        raise OptionError("flow matching trains one velocity, so there is no option transforms; take 'ffjord'.")
-    flow = ffjord(input_dim, context_dim=context_dim, base=base, support=support, **network, **options)
-    flow.objective = "flow_matching"
+    flow = ffjord(
+        input_dim, context_dim=context_dim, transforms=transforms, base=base, support=support, **network, **options
+    )
+    if transforms == 1:
+        flow.objective = "flow_matching"
     return flow

@@ -192,7 +192,7 @@ def hutch_plus_plus(function: Callable[[Tensor], Tensor], x: Tensor, probes: Ten
 
     Example:
         >>> x, ones = torch.ones(5, 8), torch.ones(8, 8)
-        >>> hutch_plus_plus(lambda x: x @ ones, x, draw_probes(x, 4)).divergence.round(decimals=4)
+        >>> hutch_plus_plus(lambda x: x @ ones, x, draw_probes(x, 4, "gaussian")).divergence.round(decimals=4)
         tensor([8., 8., 8., 8., 8.])
     """
     _check_probes(probes, x, least=2)
