@@ -1,12 +1,12 @@
 """Flows along a velocity field by their names: what each adds to the layer, and a guide on a posterior."""
 
 import pyro
-import pyro.distributions as dist
 import pytest
 import torch
 from pyro.infer import SVI, Predictive, Trace_ELBO
 
 import pyroflows as pf
+from pyroflows.demo.posterior import EFFECT, SPREAD, eight_schools
 from pyroflows.errors import OptionError
 from pyroflows.nets import PotentialGradient, VelocityMLP
 
@@ -79,18 +79,6 @@ def test_a_saved_flow_comes_back(name, tmp_path):
     assert again.objective == flow.objective
 
 
-EFFECT = torch.tensor([28.0, 8.0, -3.0, 7.0, -1.0, 1.0, 18.0, 12.0])
-SPREAD = torch.tensor([15.0, 10.0, 16.0, 11.0, 9.0, 11.0, 10.0, 18.0])
-
-
-def eight_schools(effect):
-    mu = pyro.sample("mu", dist.Normal(0.0, 5.0))
-    tau = pyro.sample("tau", dist.HalfCauchy(5.0))
-    with pyro.plate("school", 8):
-        theta = pyro.sample("theta", dist.Normal(mu, tau))
-        pyro.sample("effect", dist.Normal(theta, SPREAD), obs=effect)
-
-
 @pytest.mark.slow
 def test_ffjord_is_a_guide_of_eight_schools():
     """The log evidence of the centred model is -31.31. A guide trained so leaves out the wide end of its funnel."""
@@ -101,7 +89,7 @@ def test_ffjord_is_a_guide_of_eight_schools():
     optimizer = pyro.optim.ClippedAdam({"lr": 0.01, "lrd": 0.05 ** (1 / steps), "clip_norm": 10.0})
     elbo = Trace_ELBO(num_particles=16, vectorize_particles=True, max_plate_nesting=1)
     svi = SVI(eight_schools, guide, optimizer, elbo)
-    losses = [svi.step(EFFECT) for _ in range(steps)]
+    losses = [svi.step(EFFECT, SPREAD) for _ in range(steps)]
     assert sum(losses[-100:]) / 100 < 32.0
-    draws = Predictive(eight_schools, guide=guide, num_samples=2000, parallel=True)(EFFECT)
+    draws = Predictive(eight_schools, guide=guide, num_samples=2000, parallel=True)(EFFECT, SPREAD)
     assert 3.0 < float(draws["mu"].mean()) < 5.5

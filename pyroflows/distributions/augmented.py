@@ -166,14 +166,15 @@ class Augmented(Bounded):
         """The distribution of the noise of points ``[*batch, D]``."""
         if self.noise is None:
             zero = x.new_zeros(*x.shape[:-1], self.extra)
+            # As a flow that changes nothing, because torch's own distributions cannot score an empty batch.
             return FlowDistribution(
                 dist.Normal(zero, torch.ones_like(zero)).to_event(1), [Standardize((self.extra,)).to(x)]
             )
         standardize = self.standardize
         assert standardize is not None  # checked when it was built
         seen = (x - standardize.loc[: self.input_dim]) / standardize.scale[: self.input_dim]
-        if context is not None:
-            scaled = (context - self.context_loc) / self.context_scale
+        scaled = self.flow.read_context(context)
+        if scaled is not None:
             seen = torch.cat([seen, scaled.expand(*x.shape[:-1], -1)], -1)
         return self.noise(seen)
 

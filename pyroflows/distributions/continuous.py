@@ -56,13 +56,15 @@ def ffjord(
         >>> ffjord(3)().log_prob(torch.zeros(5, 3)).shape
         torch.Size([5])
     """
-    network: dict[str, Any] = {
+    options = {
+        "context_dim": context_dim,
         "hidden_dims": hidden_dims,
         "activation": activation,
         "conditioning": conditioning,
         "residual": residual,
+        "divergence": divergence,
+        **options,
     }
-    options = {"context_dim": context_dim, "divergence": divergence, **network, **options}
     return stack(lambda _: continuous(input_dim, **options), input_dim, transforms, False, support, base=base)
 
 
@@ -108,10 +110,17 @@ def rnode(
         >>> sorted(record.penalties)
         ['jacobian', 'kinetic']
     """
-    network: dict[str, Any] = {"hidden_dims": hidden_dims, "activation": activation, "conditioning": conditioning}
-    weights = {"kinetic": kinetic, "jacobian": jacobian}
-    options = {"context_dim": context_dim, "regularize": weights, **network, **options}
-    return stack(lambda _: continuous(input_dim, **options), input_dim, transforms, False, support, base=base)
+    return ffjord(
+        input_dim,
+        context_dim=context_dim,
+        transforms=transforms,
+        hidden_dims=hidden_dims,
+        activation=activation,
+        conditioning=conditioning,
+        base=base,
+        support=support,
+        **{"regularize": {"kinetic": kinetic, "jacobian": jacobian}, **options},
+    )
 
 
 def otflow(
@@ -194,14 +203,17 @@ def flow_matching(
         >>> flow_matching(3).objective
         'flow_matching'
     """
-    network: dict[str, Any] = {
-        "hidden_dims": hidden_dims,
-        "activation": activation,
-        "conditioning": conditioning,
-        "residual": residual,
-    }
     flow = ffjord(
-        input_dim, context_dim=context_dim, transforms=transforms, base=base, support=support, **network, **options
+        input_dim,
+        context_dim=context_dim,
+        transforms=transforms,
+        hidden_dims=hidden_dims,
+        activation=activation,
+        conditioning=conditioning,
+        residual=residual,
+        base=base,
+        support=support,
+        **options,
     )
     if transforms == 1:
         flow.objective = "flow_matching"

@@ -319,14 +319,16 @@ def _standardize(flow: Flow | Bounded, x: Tensor | None, context: Tensor | None,
             rows = flow.unconstrained(x)
             loc, scale = _location_and_scale(rows, how)
             flow.standardize.set(loc, torch.where(scale > 0, scale, torch.ones_like(scale)))
-            far = ((rows - loc) / scale).abs().amax(0).flatten()
-            worst = int(far.argmax())
-            if how == "auto" and float(far[worst]) > 100:
-                warnings.warn(
-                    f"column {entry(worst, rows.shape[1:])} has a value {float(far[worst]):.0f} standard deviations "
-                    "from its mean, so the rest of the column is squeezed; consider standardize='robust'.",
-                    stacklevel=3,
-                )
+            if how == "auto":
+                far = ((rows - loc) / scale).abs().amax(0).flatten()
+                worst = int(far.argmax())
+                if float(far[worst]) > 100:
+                    warnings.warn(
+                        f"column {entry(worst, rows.shape[1:])} has a value {float(far[worst]):.0f} standard "
+                        "deviations from its mean, so the rest of the column is squeezed; consider "
+                        "standardize='robust'.",
+                        stacklevel=3,
+                    )
         if context is not None:
             loc, scale = _location_and_scale(context, how)
             flow.context_loc.copy_(loc)

@@ -15,7 +15,7 @@ from torch.optim import Optimizer
 
 from pyroflows.distributions import Bounded, Flow
 from pyroflows.errors import NonFiniteLoss, ODESolveError, ShapeError
-from pyroflows.numerics.record import recorded
+from pyroflows.numerics import recorded
 from pyroflows.training.objectives import Likelihood, Objective
 from pyroflows.transforms import ContinuousTransform
 

@@ -3,13 +3,14 @@
     python tests/benchmarks/flow_matching.py [--sets moons gaussians circles] [--lr 0.01] [--quick]
 
 Every line is a run of its own from the same start, with a learning rate that falls to 0 along a cosine, so that each
-shows what its time is worth at best. Data are fresh rows of the set. Times are of this process on the processor; read
-the ratios. The last column is the number of evaluations that the sampler takes.
+shows what its time is worth at best. Data are fresh rows of a set of the tests. Times are of this process on the
+processor; read the ratios. The last column is the number of evaluations that the sampler takes.
 """
 
 import argparse
-import math
+import sys
 import time
+from pathlib import Path
 
 import torch
 
@@ -18,24 +19,9 @@ from pyroflows.distributions import standard_normal
 from pyroflows.training import FlowMatching, Likelihood
 from pyroflows.transforms import continuous
 
+sys.path.append(str(Path(__file__).parents[1]))
+from test_plane import SETS
 
-def moons(n):
-    angle, which = torch.rand(n) * math.pi, torch.randint(2, (n, 1))
-    outer = torch.stack([torch.cos(angle), torch.sin(angle)], -1)
-    return 2 * torch.where(which == 0, outer, torch.tensor([1.0, 0.5]) - outer) + 0.2 * torch.randn(n, 2)
-
-
-def gaussians(n):
-    angle = torch.randint(8, (n,)) * math.pi / 4
-    return 2.83 * torch.stack([torch.cos(angle), torch.sin(angle)], -1) + 0.354 * torch.randn(n, 2)
-
-
-def circles(n):
-    radius, angle = torch.where(torch.rand(n) < 0.5, 3.0, 1.5), torch.rand(n) * 2 * math.pi
-    return radius.unsqueeze(-1) * torch.stack([torch.cos(angle), torch.sin(angle)], -1) + 0.24 * torch.randn(n, 2)
-
-
-SETS = {"moons": moons, "gaussians": gaussians, "circles": circles}
 RUNS = [
     ("likelihood", [(Likelihood(), 256, 50)]),
     ("likelihood", [(Likelihood(), 256, 100)]),
@@ -78,7 +64,7 @@ def run(draw, phases, lr):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--sets", nargs="+", choices=SETS, default=list(SETS))
+    parser.add_argument("--sets", nargs="+", choices=SETS, default=["moons", "gaussians", "circles"])
     parser.add_argument("--lr", type=float, default=0.01)
     parser.add_argument("--quick", action="store_true", help="a tenth of the steps: a look, not a result")
     arguments = parser.parse_args()
